@@ -1,0 +1,25 @@
+"""The ops the models are made of, each usable on its own: torch's names and argument order, any strides, any dtype."""
+
+from fusedlm.kernels._backend import backend
+from fusedlm.kernels.attention import attention
+from fusedlm.kernels.embedding import embedding
+from fusedlm.kernels.gelu import gelu
+from fusedlm.kernels.layer_norm import layer_norm
+from fusedlm.kernels.linear import linear
+from fusedlm.kernels.rms_norm import rms_norm
+from fusedlm.kernels.rope import rope
+from fusedlm.kernels.sample import sample
+from fusedlm.kernels.swiglu import swiglu
+
+__all__ = [
+    "attention",
+    "backend",
+    "embedding",
+    "gelu",
+    "layer_norm",
+    "linear",
+    "rms_norm",
+    "rope",
+    "sample",
+    "swiglu",
+]

@@ -1,0 +1,52 @@
+"""Which implementation of an op runs: Triton on CUDA tensors (or under Triton's interpreter), torch elsewhere."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from torch import Tensor
+
+Backend = Literal["auto", "triton", "torch"]
+
+_forced: Backend = "auto"
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1), which takes tensors on the CPU."""
+    triton = sys.modules.get("triton")
+    return triton is not None and bool(triton.knobs.runtime.interpret)
+
+
+def use_triton(x: Tensor) -> bool:
+    """Whether an op that has a Triton kernel launches it for `x`."""
+    if _forced == "triton" and not (x.is_cuda or interpreting()):
+        raise ValueError(f"the Triton kernels were asked for, and they need a CUDA tensor; got one on {x.device}")
+    if _forced != "auto":
+        return _forced == "triton"
+    return x.is_cuda or interpreting()
+
+
+def torch_only(op: str) -> None:
+    """Called by an op that has no Triton kernel, so that a forced backend never falls back silently.
+
+    Raises NotImplementedError inside `backend("triton")`.
+    """
+    if _forced == "triton":
+        raise NotImplementedError(f"{op} has no Triton kernel; use the backend 'auto' or 'torch'")
+
+
+@contextmanager
+def backend(name: Backend) -> Iterator[None]:
+    """Force one implementation of every op inside the `with` block; "auto" leaves the choice to the tensor's device.
+
+    Raises ValueError for another name.
+    """
+    global _forced
+    if name not in ("auto", "triton", "torch"):
+        raise ValueError(f"unknown backend {name!r}; expected 'auto', 'triton' or 'torch'")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
