@@ -1,0 +1,46 @@
+"""The command line. One file a command; each is thin and imports torch only once its arguments are known to be good."""
+
+import sys
+
+import typer
+
+from fusedlm.cli.chat import chat
+from fusedlm.cli.generate import generate
+from fusedlm.cli.models import models
+from fusedlm.cli.output import fail, show_version
+
+app = typer.Typer(
+    name="fusedlm",
+    help="Train and run GPT-2 and Llama models on fused kernels.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(generate)
+app.command()(chat)
+app.command()(models)
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=show_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line. Errors a user can mend are one line on stderr and exit code 1; Ctrl-C is 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.stderr.write("\n")
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone (`| head`)
+        sys.stderr.close()
+        sys.exit(141)
+    except (ValueError, OSError, NotImplementedError, MemoryError) as error:
+        fail(error)

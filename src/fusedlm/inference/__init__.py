@@ -1,0 +1,1 @@
+"""Generating text: caches, sampling, decoders and the loop around them."""

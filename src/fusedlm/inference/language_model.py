@@ -1,0 +1,431 @@
+"""A model with its tokenizer: text in, text out."""
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from fusedlm.checkpoint.load import load_checkpoint, new_directory, save_checkpoint
+from fusedlm.inference.decoder import Decoder, EagerDecoder
+from fusedlm.inference.engine import FinishReason, TokenLogprob, TokenSequence, run
+from fusedlm.inference.sampling import Sampler, SamplingParams
+from fusedlm.inference.stop import StopMatcher
+from fusedlm.models import DecoderModel
+from fusedlm.planner import decode_bytes
+from fusedlm.tokenizer.interface import Tokenizer
+from fusedlm.tokenizer.stream import IncrementalDecoder
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """How fast a generation was. Times are in seconds; the prompt's own tokens are not output."""
+
+    prompt_tokens: int
+    new_tokens: int
+    time_to_first_token: float
+    token_seconds: list[float] = field(repr=False)  # between one output token and the next
+    bytes_per_token: float  # weights and cache that a step reads, see planner.decode_bytes
+
+    @property
+    def median_token_seconds(self) -> float | None:
+        """Median time of an output token after the first; None where there is no second one."""
+        return statistics.median(self.token_seconds) if self.token_seconds else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Output tokens a second after the first; None where there is no second one."""
+        return len(self.token_seconds) / sum(self.token_seconds) if self.token_seconds else None
+
+    def bandwidth_share(self, bandwidth: float) -> float | None:
+        """Part of a memory bandwidth, in bytes a second, that reading weights and cache at this pace takes."""
+        median = self.median_token_seconds
+        return None if median is None else self.bytes_per_token / median / bandwidth
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What came of one prompt. text and token_ids are without the prompt; a stop string is cut from text."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    stop: str | None  # the stop string that was found
+    seed: int | None  # None where it was greedy
+    logprobs: list[TokenLogprob] | None
+    stats: Stats
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class TextStream(Iterator[str]):
+    """Pieces of text as they are generated, always whole characters. `result` has the rest once it has ended."""
+
+    def __init__(self, pieces: Iterator[list[str]], batch: "_Batch") -> None:
+        self._pieces = pieces
+        self._batch = batch
+
+    def __next__(self) -> str:
+        while True:
+            if piece := next(self._pieces)[0]:
+                return piece
+
+    def stop(self) -> Generation:
+        """End it here (as Ctrl-C does in a chat) and return what there is."""
+        self._pieces = iter(())
+        return self._batch.results(interrupted=True)[0]
+
+    @property
+    def result(self) -> Generation:
+        """The whole generation. Raises RuntimeError while it is still running."""
+        return self._batch.results()[0]
+
+
+class _TextOutput:
+    """From one sequence's tokens to its text."""
+
+    def __init__(self, tokenizer: Tokenizer | None, stops: Sequence[str]) -> None:
+        self._decoder = IncrementalDecoder(tokenizer) if tokenizer is not None else None
+        self._matcher = StopMatcher(stops)
+        self._taken = 0
+        self._closed = False
+        self.text = ""
+
+    @property
+    def matched(self) -> str | None:
+        return self._matcher.matched
+
+    def update(self, sequence: TokenSequence) -> str:
+        """Decode tokens that came since; ends the sequence at a stop string. Returns the new text."""
+        if self._decoder is None or self._closed:
+            return ""
+        piece = ""
+        for token in sequence.tokens[self._taken :]:
+            piece += self._matcher.push(self._decoder.push(token))
+        self._taken = len(sequence.tokens)
+        if sequence.finish_reason is not None:
+            piece += self._matcher.push(self._decoder.finish())
+        if self.matched is not None:
+            sequence.finish_reason = FinishReason.STOP_STRING
+        elif sequence.finish_reason is not None:
+            piece += self._matcher.finish()
+        self._closed = sequence.finish_reason is not None
+        self.text += piece
+        return piece
+
+
+class _Batch:
+    """A generation under way: its sequences, their text, and the clock."""
+
+    def __init__(
+        self,
+        model: "LanguageModel",
+        sequences: list[TokenSequence],
+        decoder: Decoder,
+        sampler: Sampler,
+        stops: Sequence[str],
+        logprobs: int | None,
+    ) -> None:
+        self.model, self.sequences, self.decoder, self.sampler = model, sequences, decoder, sampler
+        self.logprobs = logprobs
+        self.outputs = [_TextOutput(model.tokenizer, stops) for _ in sequences]
+        self.times: list[float] = []
+
+    def run(self) -> Iterator[list[str]]:
+        """Yields, after every step, the new text of each sequence."""
+        steps = run(self.decoder, self.sequences, self.sampler, eos_ids=self.model.eos_ids, logprobs=self.logprobs)
+        for seconds in steps:
+            self.times.append(seconds)
+            yield [output.update(s) for output, s in zip(self.outputs, self.sequences, strict=True)]
+
+    def results(self, *, interrupted: bool = False) -> list[Generation]:
+        if interrupted:
+            for s, output in zip(self.sequences, self.outputs, strict=True):
+                s.finish_reason = s.finish_reason or FinishReason.INTERRUPTED
+                output.update(s)
+        return [self._result(s, output) for s, output in zip(self.sequences, self.outputs, strict=True)]
+
+    def _result(self, s: TokenSequence, output: _TextOutput) -> Generation:
+        if s.finish_reason is None:
+            raise RuntimeError("the generation is still running; iterate to its end, or stop() it")
+        n = len(s.tokens)
+        times = self.times[: max(n, 1)]
+        weight = self.model.model.embedding.weight
+        stats = Stats(
+            prompt_tokens=len(s.prompt),
+            new_tokens=n,
+            time_to_first_token=times[0] if times else float("nan"),
+            token_seconds=[b - a for a, b in zip(times, times[1:], strict=False)],
+            bytes_per_token=decode_bytes(
+                self.model.model.config,
+                bytes_per_element=weight.element_size(),
+                context=len(s.prompt) + n / 2,
+                batch=len(self.sequences),
+            ),
+        )
+        return Generation(
+            text=output.text,
+            token_ids=list(s.tokens),
+            finish_reason=s.finish_reason,
+            stop=output.matched,
+            seed=self.sampler.seed if self.sampler.params.temperature > 0 else None,
+            logprobs=s.logprobs if self.logprobs is not None else None,
+            stats=stats,
+        )
+
+
+class LanguageModel:
+    """A model, its tokenizer and how it likes to be sampled.
+
+    `model(ids)` gives logits, `model.generate(prompt)` text. Made by `fusedlm.load`.
+    """
+
+    def __init__(
+        self,
+        model: DecoderModel,
+        tokenizer: Tokenizer | None = None,
+        *,
+        generation_config: Mapping[str, Any] | None = None,
+        name: str = "",
+    ) -> None:
+        """generation_config: as in Hugging Face's generation_config.json; its sampling values are the defaults.
+
+        Raises ValueError where the tokenizer has more tokens than the embedding has rows.
+        """
+        if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens and the model's embedding {model.config.vocab_size} "
+                "rows; expected at least as many rows"
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.generation_config = dict(generation_config or {})
+        self.name = name
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.embedding.weight.dtype
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and answer together."""
+        return self.model.config.context_length
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Tokens that end a text."""
+        given = self.generation_config.get("eos_token_id")
+        ids = {given} if isinstance(given, int) else set(given or ())
+        return frozenset(ids) | (self.tokenizer.eos_ids if self.tokenizer is not None else frozenset())
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Logits of every position. ids: (B, T) int64 on any device. Returns (B, T, V) on the model's.
+
+        Raises ValueError for another shape or dtype, ids outside [0, V), or more tokens than the context holds.
+        """
+        if ids.ndim != 2 or ids.dtype != torch.int64 or ids.numel() == 0:
+            raise ValueError(
+                f"ids have shape {tuple(ids.shape)} and dtype {ids.dtype}; expected (B, T) int64, not empty"
+            )
+        self._check_ids(int(ids.min()), int(ids.max()))
+        return self.model(ids.to(self.device))
+
+    def _check_ids(self, low: int, high: int) -> None:
+        V = self.model.config.vocab_size
+        if low < 0 or high >= V:
+            raise ValueError(f"token ids must lie in [0, {V}); got {low if low < 0 else high}")
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt: text, or ids that are only checked. Raises ValueError for an empty or bad one."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError(f"{self.name or 'this model'} has no tokenizer; expected the prompt as token ids")
+            if not prompt:
+                raise ValueError("the prompt is empty; expected some text")
+            ids = self.tokenizer.encode(prompt)
+        else:
+            ids = [int(i) for i in prompt]
+        if not ids:
+            raise ValueError("the prompt has no tokens; expected at least one")
+        self._check_ids(min(ids), max(ids))
+        return ids
+
+    @overload
+    def generate(self, prompt: Prompt, *, stream: Literal[True], **options: Any) -> TextStream: ...
+    @overload
+    def generate(self, prompt: str, *, stream: Literal[False] = ..., **options: Any) -> Generation: ...
+    @overload
+    def generate(
+        self, prompt: Prompt | Sequence[Prompt], *, stream: Literal[False] = ..., **options: Any
+    ) -> Generation | list[Generation]: ...
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: int | None = 128,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        logprobs: int | None = None,
+        num_samples: int = 1,
+        stream: bool = False,
+        decoder: Decoder | None = None,
+    ) -> Generation | list[Generation] | TextStream:
+        """Continue a prompt, or each of several.
+
+        prompt: text, token ids, or a list of either; each of several prompts gets what it would get alone.
+        max_new_tokens: at most so many; None for as many as the context holds.
+        temperature, top_k, top_p, min_p, repetition_penalty: see `kernels.sample`. Those not given come from the
+        model's generation_config where that asks for sampling, else the temperature is 0, which is greedy.
+        seed: repeats a text exactly; drawn at random where not given, see `Generation.seed`.
+        stop: strings that end the text; they are not part of it.
+        logprobs: record the log-probability of each token and of this many likeliest ones.
+        num_samples: so many continuations of a prompt, each from a random stream of its own.
+        stream: return a `TextStream` that yields text as it comes; for one prompt and one sample.
+        decoder: one that was used before, for a prompt that begins with tokens it has read already.
+
+        Returns a Generation for one prompt and one sample, else a list of them, the samples of a prompt side by side.
+        Raises ValueError for whatever makes no sense, and for a prompt that leaves no room in the context.
+        """
+        single = isinstance(prompt, str) or not any(isinstance(p, str | Sequence) for p in prompt)
+        prompts = [self.encode(p) for p in ([prompt] if single else prompt)]  # type: ignore[list-item, arg-type]
+        if not prompts:
+            raise ValueError("there are no prompts; expected at least one")
+        if num_samples < 1:
+            raise ValueError(f"num_samples is {num_samples}; expected 1 or more")
+        if stream and not (single and num_samples == 1):
+            raise ValueError("stream=True takes one prompt and one sample")
+        if logprobs is not None and not 0 <= logprobs <= self.model.config.vocab_size:
+            raise ValueError(f"logprobs is {logprobs}; expected 0 to {self.model.config.vocab_size}")
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        if stops and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer, and this model has none")
+        params = self._sampling(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )
+        sequences = [self._sequence(ids, max_new_tokens) for ids in prompts for _ in range(num_samples)]
+        if decoder is None:
+            capacity = max(len(s.prompt) + s.limit for s in sequences)
+            decoder = EagerDecoder(self.model, len(sequences), capacity)
+        streams = list(range(num_samples)) * len(prompts)
+        sampler = Sampler(params, streams, self.model.config.vocab_size, self.device)
+        batch = _Batch(self, sequences, decoder, sampler, stops, logprobs)
+        if stream:
+            return TextStream(batch.run(), batch)
+        for _ in batch.run():
+            pass
+        results = batch.results()
+        return results[0] if single and num_samples == 1 else results
+
+    def _sampling(self, **given: Any) -> SamplingParams:
+        """Explicit values over the model's own; a value given where sampling was not asked for turns it on."""
+        defaults: dict[str, Any] = {}
+        if self.generation_config.get("do_sample"):
+            names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+            defaults = {k: self.generation_config[k] for k in names if self.generation_config.get(k) is not None}
+            defaults.setdefault("temperature", 1.0)
+        return SamplingParams(**{**defaults, **{k: v for k, v in given.items() if v is not None}})
+
+    def _sequence(self, ids: list[int], max_new_tokens: int | None) -> TokenSequence:
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 1 or more")
+        room = self.context_length - len(ids)
+        if room < 1:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens, and the model's context is {self.context_length}; expected a "
+                f"prompt of at most {self.context_length - 1}"
+            )
+        if max_new_tokens is None or max_new_tokens > room:
+            return TokenSequence(ids, room, FinishReason.CONTEXT_LIMIT)
+        return TokenSequence(ids, max_new_tokens, FinishReason.MAX_NEW_TOKENS)
+
+    def save(self, directory: str | Path) -> None:
+        """Write a Hugging Face directory, whole or not at all. Raises ValueError where it is there already."""
+        with new_directory(Path(directory)) as folder:
+            save_checkpoint(self.model, folder, tokenizer=self.tokenizer, generation_config=self.generation_config)
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def load(
+    name: str | Path = "smollm2-135m-instruct",
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    quantize: None = None,
+    offline: bool = False,
+    cache_dir: str | Path | None = None,
+    progress: bool = True,
+) -> LanguageModel:
+    """A model by name or path, ready to generate.
+
+    name: a Hugging Face directory, a .gguf file, a name that `fusedlm models` lists, or owner/name on the Hub.
+    device: "auto" is the GPU where there is one, else the CPU. dtype: "auto" is bfloat16 on a GPU (float16 on one
+    older than Ampere) and float32 on a CPU; else float32, bfloat16, float16 or float64.
+    quantize: None, the weights in dtype.
+    offline: never use the network. cache_dir: where downloads go. progress: show them.
+    Raises ValueError for a name, device, dtype or quantization that does not exist and for a checkpoint that is
+    damaged or not supported; nothing of such a file is used.
+    """
+    if quantize is not None:
+        raise ValueError(f"unknown quantization {quantize!r}; expected None")
+    where = resolve_device(device)
+    as_dtype = resolve_dtype(dtype, where)
+    checkpoint = load_checkpoint(
+        name,
+        dtype=as_dtype,
+        device=where,
+        offline=offline,
+        cache_dir=None if cache_dir is None else Path(cache_dir),
+        progress=progress,
+    )
+    return LanguageModel(
+        checkpoint.model, checkpoint.tokenizer, generation_config=checkpoint.generation_config, name=str(name)
+    )
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device of a name, "auto" included. Raises ValueError for one that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {str(device)!r} cannot be used here; expected auto, cpu or cuda ({error})") from error
+    if resolved.type == "meta":
+        raise ValueError("device 'meta' holds no data; expected auto, cpu or cuda")
+    return resolved
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of a name, "auto" included. Raises ValueError for another."""
+    if dtype == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    resolved = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if resolved not in DTYPES.values():
+        raise ValueError(f"unknown dtype {dtype!r}; expected auto, {', '.join(DTYPES)}")
+    return resolved

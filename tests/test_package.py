@@ -1,0 +1,46 @@
+"""What `import fusedlm` gives, and what it costs."""
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+
+import fusedlm
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_all_is_what_is_exported() -> None:
+    for name in fusedlm.__all__:
+        assert getattr(fusedlm, name) is not None
+    assert set(dir(fusedlm)) == set(fusedlm.__all__)
+
+
+def test_version_is_the_installed_one() -> None:
+    assert importlib.metadata.version("fusedlm") == fusedlm.__version__
+
+
+def test_import_works_without_triton_and_brings_nothing_heavy() -> None:
+    code = """
+import sys, json
+sys.modules["triton"] = None  # as if it were not there
+import fusedlm
+fusedlm.load, fusedlm.ChatSession
+import fusedlm.kernels, fusedlm.models
+print(json.dumps([m for m in ("transformers", "gguf", "huggingface_hub.hf_api") if m in sys.modules]))
+"""
+    assert json.loads(run(code)) == []
+
+
+def test_import_costs_little_beyond_torch() -> None:
+    code = """
+import time
+import torch
+start = time.perf_counter()
+import fusedlm
+fusedlm.load, fusedlm.kernels if hasattr(fusedlm, "kernels") else None
+print(time.perf_counter() - start)
+"""
+    assert min(float(run(code)) for _ in range(3)) < 0.3
