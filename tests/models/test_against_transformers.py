@@ -208,7 +208,8 @@ def test_greedy_text_is_equal(kind: str, seed: int, tmp_path: Path) -> None:
     theirs, ids = build_theirs(config, seed, torch.float32), tokens(config, seed)[:1, :9]
     theirs.save_pretrained(tmp_path)
     theirs.generation_config.eos_token_id = None
-    expected = theirs.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0)[0, 9:].tolist()
+    options = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0}  # 0 is a token like any other here
+    expected = theirs.generate(ids, max_new_tokens=20, do_sample=False, **options)[0, 9:].tolist()
     ours = LanguageModel(load_huggingface(tmp_path, dtype=torch.float32, device=CPU))
     assert ours.generate(ids[0].tolist(), max_new_tokens=20, temperature=0).token_ids == expected
 
@@ -226,7 +227,7 @@ def test_multi_query_gpt2_against_gpt_bigcode(tmp_path: Path) -> None:
         attention_softmax_in_fp32=False,
     )
     torch.manual_seed(0)
-    theirs = transformers.GPTBigCodeForCausalLM._from_config(config, attn_implementation="eager", dtype=torch.float64)
+    theirs = transformers.GPTBigCodeForCausalLM._from_config(config, attn_implementation="sdpa", dtype=torch.float64)
     from fusedlm.models import GPT2Config, build_model
 
     ours = build_model(

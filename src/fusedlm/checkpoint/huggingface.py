@@ -159,7 +159,7 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
 def sha256_of(tensor: Tensor) -> str:
     """Hexadecimal SHA-256 of a tensor's elements as they lie in a file."""
     data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(memoryview(data.numpy())).hexdigest()
+    return hashlib.sha256(data.numpy().data).hexdigest()
 
 
 def _shards(index: Path) -> list[Path]:

@@ -54,10 +54,10 @@ def _load_gguf(path: Path, dtype: torch.dtype, device: torch.device) -> Checkpoi
 
 def _load_directory(path: Path, dtype: torch.dtype, device: torch.device) -> Checkpoint:
     from fusedlm.checkpoint.huggingface import read_config
-    from fusedlm.tokenizer.files import find_tokenizer, load_tokenizer
+    from fusedlm.tokenizer.load import has_tokenizer, load_tokenizer
 
     config = read_config(path)
-    tokenizer = load_tokenizer(path) if find_tokenizer(path) else None
+    tokenizer = load_tokenizer(path) if has_tokenizer(path) else None
     if tokenizer is not None:
         _check_vocabulary(path, tokenizer, config.vocab_size)
     generation_config = read_generation_config(path)

@@ -269,7 +269,7 @@ class LanguageModel:
         self, prompt: Prompt | Sequence[Prompt], *, stream: Literal[False] = ..., **options: Any
     ) -> Generation | list[Generation]: ...
 
-    def generate(
+    def generate(  # type: ignore[misc]  # the overloads are for callers: what comes back depends on stream and prompt
         self,
         prompt: Prompt | Sequence[Prompt],
         *,
@@ -303,7 +303,7 @@ class LanguageModel:
         Raises ValueError for whatever makes no sense, and for a prompt that leaves no room in the context.
         """
         single = isinstance(prompt, str) or not any(isinstance(p, str | Sequence) for p in prompt)
-        prompts = [self.encode(p) for p in ([prompt] if single else prompt)]  # type: ignore[list-item, arg-type]
+        prompts = [self.encode(p) for p in ([prompt] if single else prompt)]  # type: ignore[arg-type]
         if not prompts:
             raise ValueError("there are no prompts; expected at least one")
         if num_samples < 1:
@@ -426,6 +426,6 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
             return torch.float32
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
     resolved = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if resolved not in DTYPES.values():
+    if resolved is None or resolved not in DTYPES.values():
         raise ValueError(f"unknown dtype {dtype!r}; expected auto, {', '.join(DTYPES)}")
     return resolved
