@@ -61,7 +61,7 @@ def generate(
             results = language_model.generate([text], num_samples=num_samples, logprobs=logprobs, **settings)
             assert isinstance(results, list)
             _print_json(text, language_model, results)
-        elif num_samples > 1:
+        elif num_samples != 1:
             results = language_model.generate([text], num_samples=num_samples, **settings)
             assert isinstance(results, list)
             for i, result in enumerate(results, 1):
@@ -90,16 +90,17 @@ def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
 
 def _stream(text: str, model: "LanguageModel", settings: dict[str, Any]) -> None:
     stream = model.generate(text, stream=True, **settings)
-    typer.echo(typer.style(text, bold=True), nl=False)
+    shown = typer.style(text, bold=True)  # with the first piece: an error in reading the prompt stands alone
     try:
         for piece in stream:
-            typer.echo(piece, nl=False)
+            typer.echo(shown + piece, nl=False)
+            shown = ""
     except KeyboardInterrupt:
         result = stream.stop()
         typer.echo()
         _report(result, model)
         raise
-    typer.echo()
+    typer.echo(shown)
     _report(stream.result, model)
 
 

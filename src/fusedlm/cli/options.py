@@ -13,9 +13,7 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or fl
 Kernels = Annotated[Literal["auto", "triton", "torch"], typer.Option(help="Which kernels run.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
 CacheDir = Annotated[Path | None, typer.Option(help="Where downloads are kept.", show_default="the user's cache")]
-Temperature = Annotated[
-    float | None, typer.Option(help="0 is greedy.", show_default="the model's own, else 0", min=0.0)
-]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", show_default="the model's own, else 0")]
 TopK = Annotated[int | None, typer.Option(help="Keep the k likeliest tokens (0: all).")]
 TopP = Annotated[float | None, typer.Option(help="Keep the fewest tokens whose probabilities reach this.")]
 MinP = Annotated[float | None, typer.Option(help="Keep tokens of at least this share of the highest probability.")]
