@@ -208,7 +208,7 @@ def test_quantized_tensors_are_refused(saved: tuple[DecoderModel, Path]) -> None
 def test_files_that_are_not_there(saved: tuple[DecoderModel, Path], tmp_path: Path) -> None:
     _, path = saved
     (path / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="has no weights; expected model.safetensors"):
+    with pytest.raises(CheckpointError, match=r"has no weights; expected model\.safetensors"):
         load(path)
     (path / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config\.json is missing"):

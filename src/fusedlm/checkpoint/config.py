@@ -1,4 +1,4 @@
-"""Hugging Face's config.json to our configs and back. An option that changes the computation and is not built is an error."""
+"""Hugging Face's config.json to our configs and back. An option that changes the result and is not built: an error."""
 
 from collections.abc import Mapping
 from typing import Any
