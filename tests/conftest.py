@@ -1,10 +1,14 @@
-"""Fixtures that several test folders share."""
+"""Fixtures that several test folders share, and Triton's interpreter where there is no GPU."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before any is imported
 
 from fusedlm.models import PRESETS, DecoderModel, ModelConfig, build_model
 

@@ -4,14 +4,15 @@ from fusedlm.kernels._backend import backend
 from fusedlm.kernels.attention import attention
 from fusedlm.kernels.embedding import embedding
 from fusedlm.kernels.gelu import gelu
-from fusedlm.kernels.layer_norm import layer_norm
 from fusedlm.kernels.linear import linear
-from fusedlm.kernels.rms_norm import rms_norm
+from fusedlm.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fusedlm.kernels.rope import rope
 from fusedlm.kernels.sample import sample
 from fusedlm.kernels.swiglu import swiglu
 
 __all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "backend",
     "embedding",

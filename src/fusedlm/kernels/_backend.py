@@ -1,4 +1,7 @@
-"""Which implementation of an op runs: Triton on CUDA tensors (or under Triton's interpreter), torch elsewhere."""
+"""Which implementation of an op runs: Triton on CUDA tensors, torch elsewhere.
+
+The interpreter (TRITON_INTERPRET=1) runs Triton kernels on CPU tensors where `backend("triton")` asks for them.
+"""
 
 import sys
 from collections.abc import Iterator
@@ -20,11 +23,9 @@ def interpreting() -> bool:
 
 def use_triton(x: Tensor) -> bool:
     """Whether an op that has a Triton kernel launches it for `x`."""
-    if _forced == "triton" and not (x.is_cuda or interpreting()):
+    if _forced == "triton" and not (x.is_cuda or x.is_meta or interpreting()):  # meta: see record_launches
         raise ValueError(f"the Triton kernels were asked for, and they need a CUDA tensor; got one on {x.device}")
-    if _forced != "auto":
-        return _forced == "triton"
-    return x.is_cuda or interpreting()
+    return x.is_cuda if _forced == "auto" else _forced == "triton"
 
 
 def torch_only(op: str) -> None:

@@ -66,7 +66,9 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
+def rotary_frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device | str = "cpu"
+) -> Tensor:
     """Angle a position, (D/2,) float64: theta^(-2i/D), stretched as Llama 3.1 does where scaling is given.
 
     Wavelengths shorter than original_context_length / high_freq_factor stay, those longer than
@@ -88,9 +90,9 @@ class Rotary(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
-        self.frequencies = self._frequencies(torch.device("cpu"))  # a model on "meta" has real ones too
+        self.frequencies = self._frequencies("cpu")  # a model on "meta" has real ones, too
 
-    def _frequencies(self, device: torch.device) -> Tensor:
+    def _frequencies(self, device: torch.device | str) -> Tensor:
         c = self.config
         return rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling, device)
 

@@ -1,0 +1,93 @@
+"""Launch a Triton kernel with less host time than `kernel[grid](...)` takes.
+
+Triton's own launch binds and specialises every argument anew, every call. Here an op names what its compiled kernel
+depends on beyond its constants (dtypes, mostly), and what was compiled for that is called directly. Compiled code may
+assume that pointers and integers are multiples of 16 where those of its first call were; so a call whose alignment
+differs takes Triton's own way.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedlm.kernels._backend import interpreting
+
+_compiled: dict[Any, Any] = {}
+_recorded: list["Launch"] | None = None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that was recorded and not run: the kernel, its positional arguments, its constexprs and options."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+@contextmanager
+def record_launches() -> Iterator[list[Launch]]:
+    """Inside, ops on the device "meta" (under `backend("triton")`) record what they would launch, and run nothing.
+
+    For compiling kernels for GPUs that are not there, with the very arguments and constants they are launched with.
+    """
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def launch(kernel: Any, grid: tuple[int, int, int], key: Any, tensors: Any, scalars: Any, constants: Any) -> None:
+    """Run kernel(*tensors, *scalars, **constants) over grid.
+
+    key: hashable; everything beside the constants' values that compiled code depends on and alignment does not tell
+    (the dtypes, which tensors are None). constants: a dict of constexprs and options (num_warps), in one order.
+    Every tensor is on the same CUDA device (on the CPU under the interpreter).
+    """
+    if _recorded is not None and tensors[0].is_meta:
+        _recorded.append(Launch(kernel, (*tensors, *scalars), constants))
+        return
+    if torch.compiler.is_compiling() or interpreting():
+        kernel[grid](*tensors, *scalars, **constants)
+        return
+    device = tensors[0].device.index
+    bits = 0
+    for t in tensors:
+        if t is not None:
+            bits |= t.data_ptr()
+    ints = [s for s in scalars if type(s) is int]
+    aligned = bits % 16 == 0
+    full = (kernel, device, key, aligned, tuple(constants.values()), tuple([(i % 16 == 0, i == 1) for i in ints]))
+    found = _compiled.get(full)
+    if found is not None and device == torch.cuda.current_device():
+        run, function, metadata, values = found
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        run(*grid, stream, function, metadata, None, None, None, *tensors, *scalars, *values)
+        return
+    with torch.cuda.device(device):
+        compiled = kernel[grid](*tensors, *scalars, **constants)
+    if aligned:  # some pointers aligned and some not is not told apart by the key
+        names = kernel.arg_names[len(tensors) + len(scalars) :]
+        values = tuple([constants[name] for name in names])
+        _compiled[full] = (compiled.run, compiled.function, compiled.packed_metadata, values)
+
+
+def rows(x: Tensor) -> Tensor:
+    """x as (M, N) with unit stride along N; copies only where it must."""
+    if x.ndim == 2 and x.stride(1) == 1:
+        return x
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
+
+
+@functools.cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; 3 under the interpreter, so that small tests still loop."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
