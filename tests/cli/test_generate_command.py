@@ -92,7 +92,9 @@ def test_bad_input_is_one_line(arguments: list[str], message: str, run: Run, tin
     assert result.out == ""
 
 
-@pytest.mark.parametrize(("arguments", "message"), [(["--kernels", "cuda"], "auto"), (["--nonsense"], "No such option")])
+@pytest.mark.parametrize(
+    ("arguments", "message"), [(["--kernels", "cuda"], "auto"), (["--nonsense"], "No such option")]
+)
 def test_bad_options_are_explained(arguments: list[str], message: str, run: Run, tiny_model: Path) -> None:
     result = run("generate", "hello", *arguments, "--model", tiny_model)
     assert result.code == 2
@@ -129,9 +131,7 @@ def test_ctrl_c_leaves_quietly(delay: float, tiny_model: Path) -> None:
     assert "Traceback" not in err
 
 
-def test_ctrl_c_in_a_stream_says_how_far_it_came(
-    run: Run, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_in_a_stream_says_how_far_it_came(run: Run, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fusedlm.inference.language_model import TextStream
 
     pieces, original = [], TextStream.__next__
@@ -153,5 +153,7 @@ def test_ctrl_c_in_a_stream_says_how_far_it_came(
 def test_help_and_version_do_not_wait_for_torch() -> None:
     code = "import sys; from fusedlm.cli import main\ntry: main()\nexcept SystemExit: print('torch' in sys.modules)"
     for arguments in (["--help"], ["generate", "--help"], ["--version"]):
-        out = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True).stdout
+        out = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+        ).stdout
         assert out.splitlines()[-1] == "False"

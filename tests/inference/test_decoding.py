@@ -59,8 +59,9 @@ def test_a_batch_of_different_lengths_gives_each_what_it_gets_alone(
     decoder.cache.keys.fill_(torch.nan)  # memory that nobody wrote must not be read
     decoder.cache.values.fill_(torch.nan)
     logits = [decoder.prefill([s[:n] for s, n in zip(sequences, lengths, strict=True)])]
-    for i in range(steps - 1):
-        logits.append(decoder.step([s[n + i] for s, n in zip(sequences, lengths, strict=True)], [True] * 4))
+    logits += [
+        decoder.step([s[n + i] for s, n in zip(sequences, lengths, strict=True)], [True] * 4) for i in range(steps - 1)
+    ]
     for b, (s, n) in enumerate(zip(sequences, lengths, strict=True)):
         expected = truth(random_model, config, s)
         for i, step in enumerate(logits):

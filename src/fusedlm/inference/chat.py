@@ -48,7 +48,7 @@ class ChatSession:
         return ChatStream(self, messages, stream)
 
     def save(self, path: str | Path) -> None:
-        """Write the messages as JSON: a list of objects with role and content. Replaces the file whole or not at all."""
+        """Write the messages as JSON: a list of objects with role and content. Replaces it whole or not at all."""
         path = Path(path)
         partial = path.with_name(f".{path.name}.partial")
         try:

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -91,6 +92,7 @@ class _TextOutput:
     """From one sequence's tokens to its text."""
 
     def __init__(self, tokenizer: Tokenizer | None, stops: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
         self._decoder = IncrementalDecoder(tokenizer) if tokenizer is not None else None
         self._matcher = StopMatcher(stops)
         self._taken = 0
@@ -103,11 +105,13 @@ class _TextOutput:
 
     def update(self, sequence: TokenSequence) -> str:
         """Decode tokens that came since; ends the sequence at a stop string. Returns the new text."""
-        if self._decoder is None or self._closed:
+        if self._tokenizer is None or self._decoder is None or self._closed:
             return ""
         piece = ""
         for token in sequence.tokens[self._taken :]:
-            piece += self._matcher.push(self._decoder.push(token))
+            # Embeddings are often padded: rows behind the vocabulary are tokens that stand for no text.
+            known = token < self._tokenizer.vocab_size
+            piece += self._matcher.push(self._decoder.push(token) if known else "")
         self._taken = len(sequence.tokens)
         if sequence.finish_reason is not None:
             piece += self._matcher.push(self._decoder.finish())
@@ -161,7 +165,7 @@ class _Batch:
             prompt_tokens=len(s.prompt),
             new_tokens=n,
             time_to_first_token=times[0] if times else float("nan"),
-            token_seconds=[b - a for a, b in zip(times, times[1:], strict=False)],
+            token_seconds=[b - a for a, b in pairwise(times)],
             bytes_per_token=decode_bytes(
                 self.model.model.config,
                 bytes_per_element=weight.element_size(),

@@ -1,0 +1,1 @@
+"""How fast fusedlm is, beside its peers, in one run. `python -m benchmarks ops`."""
