@@ -2,9 +2,9 @@
 
     python -m fusedlm.testing.compile_tier [NAMES] [--json]
 
-Ops run on the device "meta" at the shapes of their case and record their launches; each is compiled for sm_80, 89, 90,
-100 and 120 by the real compiler (so not under TRITON_INTERPRET=1), and cuobjdump reads registers, stack and shared memory.
-A stack means spilled registers, for no kernel here has local arrays: it fails, as does more shared memory than there is.
+Ops run on the device "meta" at the shapes of their case and record their launches; each is compiled for sm_80, 89,
+90, 100 and 120 by the real compiler (so not under TRITON_INTERPRET=1), and cuobjdump reads registers, stack and shared
+memory. A stack means spilled registers, for no kernel here has local arrays: it fails, as does too much shared memory.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def _read(compiled: Any) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        command = [CUOBJDUMP, "-res-usage", cubin.name]
+        command = [str(CUOBJDUMP), "-res-usage", cubin.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = dict(re.findall(r"(REG|STACK):(\d+)", text))
     return int(found["REG"]), int(found["STACK"])

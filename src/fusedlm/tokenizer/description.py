@@ -178,9 +178,9 @@ def _check_merges(vocab: Mapping[str, Any], merges: object, source: str) -> None
         raise ValueError(f"{source}: merges is a {type(merges).__name__}; expected a list")
     for i, merge in enumerate(merges):
         pair = merge.split(" ") if isinstance(merge, str) else merge
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+        left, right = pair if isinstance(pair, (list, tuple)) and len(pair) == 2 else (None, None)
+        if not (isinstance(left, str) and isinstance(right, str)):
             raise ValueError(f"{source}: merge {i} is {merge!r}; expected two tokens")
-        left, right = pair
         if not (left in vocab and right in vocab and left + right in vocab):
             unknown = next(token for token in (left, right, left + right) if token not in vocab)
             raise ValueError(
