@@ -244,9 +244,9 @@ class GGUFFile:
             # Flat, since dequantize goes through a matrix by 16 rows, which is slower for being less at once.
             values = dequantize(data[start : start + step].reshape(-1), info.type)
             values = np.require(values, requirements="W")  # F32 is the file itself, which torch must not write to
-            source = torch.from_numpy(values).view(-1, width)
+            target, source = rows[start : start + step], torch.from_numpy(values).view(-1, width)
             for i in range(0, len(source), part):
-                rows[start + i : start + i + part].copy_(source[i : i + part])
+                target[i : i + part].copy_(source[i : i + part])
 
     def same_data(self, a: str, b: str) -> bool:
         """Whether two tensors have the same shape, type and bytes."""
