@@ -76,7 +76,7 @@ TALK: list[dict[str, Any]] = [
     {
         "role": "assistant",
         "content": "<think>hm</think>\n\nFour <b>thousand</b> & \"one hundred\" 'forty'.",
-        "name": None,
+        "name": "Thinker",
     },
     {"role": "user", "content": "   "},
 ]

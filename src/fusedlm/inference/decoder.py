@@ -5,11 +5,16 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fusedlm.inference.cache import KVCache
 from fusedlm.models import DecoderModel
 
 PREFILL_CHUNK = 512  # tokens a pass: long prompts then need no more memory for activations than short ones
+
+
+# Not cuDNN's attention: it plans anew for every length of the cache, 48 ms at each step.
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Decoder(Protocol):
@@ -43,6 +48,7 @@ class EagerDecoder:
         self._held: list[int] = []  # the tokens of a single sequence's cache
 
     @torch.inference_mode()
+    @sdpa_kernel(_ATTENTION)
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         lengths = [len(p) for p in prompts]
         start = self._common_prefix(prompts)
@@ -64,6 +70,7 @@ class EagerDecoder:
         return self.model.logits(last)
 
     @torch.inference_mode()
+    @sdpa_kernel(_ATTENTION)
     def step(self, tokens: Sequence[int], active: Sequence[bool]) -> Tensor:
         ids = torch.tensor(tokens).unsqueeze(1).to(self.device)
         hidden = self.model.hidden_states(ids, self.cache)  # (B, 1, C)

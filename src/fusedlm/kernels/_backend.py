@@ -3,6 +3,7 @@
 The interpreter (TRITON_INTERPRET=1) runs Triton kernels on CPU tensors where `backend("triton")` asks for them.
 """
 
+import functools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +16,12 @@ Backend = Literal["auto", "triton", "torch"]
 _forced: Backend = "auto"
 
 
+@functools.cache
 def interpreting() -> bool:
-    """Whether Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1), which takes tensors on the CPU."""
+    """Whether Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1), which takes tensors on the CPU.
+
+    Asked once: a kernel is made for one or the other when its module is imported.
+    """
     triton = sys.modules.get("triton")
     return triton is not None and bool(triton.knobs.runtime.interpret)
 

@@ -44,39 +44,51 @@ def record_launches() -> Iterator[list[Launch]]:
         _recorded = before
 
 
-def launch(kernel: Any, grid: tuple[int, int, int], key: Any, tensors: Any, scalars: Any, constants: Any) -> None:
+def launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    key: Any,
+    tensors: tuple[Tensor | None, ...],
+    scalars: tuple[int | float, ...],
+    constants: dict[str, Any],
+) -> None:
     """Run kernel(*tensors, *scalars, **constants) over grid.
 
     key: hashable; everything beside the constants' values that compiled code depends on and alignment does not tell
-    (the dtypes, which tensors are None). constants: a dict of constexprs and options (num_warps), in one order.
-    Every tensor is on the same CUDA device (on the CPU under the interpreter).
+    (the dtypes, which tensors are None). constants: constexprs and options (num_warps), in one order.
+    Every tensor is on the same CUDA device (on the CPU under the interpreter), and the first is there.
     """
-    if _recorded is not None and tensors[0].is_meta:
-        _recorded.append(Launch(kernel, (*tensors, *scalars), constants))
-        return
+    first = tensors[0]
+    assert first is not None
     if torch.compiler.is_compiling() or interpreting():
         kernel[grid](*tensors, *scalars, **constants)
         return
-    device = tensors[0].device.index
+    if first.is_meta:
+        assert _recorded is not None, "nothing can be launched on the device meta"
+        _recorded.append(Launch(kernel, (*tensors, *scalars), constants))
+        return
+    device = first.device.index
     bits = 0
     for t in tensors:
         if t is not None:
             bits |= t.data_ptr()
-    ints = [s for s in scalars if type(s) is int]
-    aligned = bits % 16 == 0
-    full = (kernel, device, key, aligned, tuple(constants.values()), tuple([(i % 16 == 0, i == 1) for i in ints]))
-    found = _compiled.get(full)
-    if found is not None and device == torch.cuda.current_device():
-        run, function, metadata, values = found
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        run(*grid, stream, function, metadata, None, None, None, *tensors, *scalars, *values)
+    if bits % 16:  # which pointers are aligned is not part of the key: Triton's own way
+        with torch.cuda.device(device):
+            kernel[grid](*tensors, *scalars, **constants)
         return
-    with torch.cuda.device(device):
-        compiled = kernel[grid](*tensors, *scalars, **constants)
-    if aligned:  # some pointers aligned and some not is not told apart by the key
+    integers = [i % 16 == 0 or (i == 1 and 2) for i in scalars if type(i) is int]
+    full = (id(kernel), device, key, *constants.values(), *integers)
+    found = _compiled.get(full)
+    if found is None or device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            compiled = kernel[grid](*tensors, *scalars, **constants)
         names = kernel.arg_names[len(tensors) + len(scalars) :]
         values = tuple([constants[name] for name in names])
         _compiled[full] = (compiled.run, compiled.function, compiled.packed_metadata, values)
+        return
+    run, function, metadata, values = found
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    run(*grid, stream, function, metadata, None, None, None, *tensors, *scalars, *values)
 
 
 def rows(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ Numerics: loads are widened to fp32, every sum is fp32, one rounding at each sto
 rounded x). Traffic: forward 2*M*N elements, backward 3*M*N; behind a sum 4*M*N and 4*M*N.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -154,14 +155,18 @@ def _sum_rows_kernel(p_ptr, out_ptr, P, N: tl.constexpr, BLOCK_P: tl.constexpr, 
     tl.store(out_ptr + cols, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _fwd_config(N: int) -> dict[str, int]:
+@functools.cache
+def _fwd_config(N: int, has_mean: bool, has_sum: bool) -> dict[str, Any]:
     block = triton.next_power_of_2(N)
-    return {"BLOCK_N": block, "num_warps": min(max(block // 512, 1), 32)}
+    warps = min(max(block // 512, 1), 32)
+    return {"N": N, "HAS_MEAN": has_mean, "HAS_SUM": has_sum, "BLOCK_N": block, "num_warps": warps}
 
 
-def _bwd_config(N: int) -> dict[str, int]:
+@functools.cache
+def _bwd_config(N: int, has_mean: bool) -> dict[str, Any]:
     block = triton.next_power_of_2(N)
-    return {"BLOCK_N": block, "num_warps": min(max(block // 512, 1), 16 if block <= 8192 else 32)}
+    warps = min(max(block // 512, 1), 16 if block <= 8192 else 32)
+    return {"N": N, "HAS_MEAN": has_mean, "BLOCK_N": block, "num_warps": warps}
 
 
 def _bwd_programs(M: int, N: int, device: torch.device) -> int:
@@ -183,17 +188,16 @@ def _forward(
     x2 = rows(x)
     M, N = x2.shape
     r2 = rows(r) if r is not None else None
-    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = torch.empty((M, N), dtype=x.dtype, device=x.device) if r2 is not None else None
     means = torch.empty(M, dtype=torch.float32, device=x.device) if mean and stats else None
     rstd = torch.empty(M, dtype=torch.float32, device=x.device) if stats else None
     if M:
-        config = {"N": N, "HAS_MEAN": mean, "HAS_SUM": r is not None, **_fwd_config(N)}
         key = (x.dtype, weight.dtype, None if bias is None else bias.dtype, stats)
-        strides = (x2.stride(0), 0 if r2 is None else r2.stride(0))
+        scalars = (x2.stride(0), 0 if r2 is None else r2.stride(0), M, eps)
         tensors = (x2, r2, weight, bias, y, total, means, rstd)
-        launch(_fwd_kernel, (M, 1, 1), key, tensors, (*strides, M, eps), config)
-    return y.view(x.shape), x2 if total is None else total, means, rstd
+        launch(_fwd_kernel, (M, 1, 1), key, tensors, scalars, _fwd_config(N, mean, r2 is not None))
+    return y, x2 if total is None else total, means, rstd
 
 
 def _backward(
@@ -211,8 +215,7 @@ def _backward(
         key = (x2.dtype, dy.dtype, weight.dtype, ds2 is None, bias)
         strides = (dy2.stride(0), 0 if ds2 is None else ds2.stride(0), x2.stride(0))
         tensors = (dy2, ds2, x2, weight, means, rstd, dx, partial[0], partial[1] if bias else None)
-        config = {"N": N, "HAS_MEAN": means is not None, **_bwd_config(N)}
-        launch(_bwd_kernel, (programs, 1, 1), key, tensors, (*strides, M), config)
+        launch(_bwd_kernel, (programs, 1, 1), key, tensors, (*strides, M), _bwd_config(N, means is not None))
         config = {"N": N, **_sum_config(programs)}
         grid = (triton.cdiv(N, config["BLOCK_N"]), partial.shape[0], 1)
         launch(_sum_rows_kernel, grid, weight.dtype, (partial, dweight), (programs,), config)
