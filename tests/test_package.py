@@ -35,12 +35,16 @@ print(json.dumps([m for m in ("transformers", "gguf", "huggingface_hub.hf_api") 
 
 
 def test_import_costs_little_beyond_torch() -> None:
+    """And so does the first use of a name, which imports the rest: about 0.3 s, most of it Triton."""
     code = """
 import time
 import torch
 start = time.perf_counter()
 import fusedlm
-fusedlm.load, fusedlm.kernels if hasattr(fusedlm, "kernels") else None
-print(time.perf_counter() - start)
+middle = time.perf_counter()
+fusedlm.load
+print(middle - start, time.perf_counter() - start)
 """
-    assert min(float(run(code)) for _ in range(3)) < 0.3
+    times = [[float(t) for t in run(code).split()] for _ in range(3)]
+    assert min(t for t, _ in times) < 0.3
+    assert min(t for _, t in times) < 1.0

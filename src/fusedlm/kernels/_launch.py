@@ -60,7 +60,7 @@ def launch(
     """
     first = tensors[0]
     assert first is not None
-    if torch.compiler.is_compiling() or interpreting():
+    if interpreting():
         kernel[grid](*tensors, *scalars, **constants)
         return
     if first.is_meta:

@@ -255,6 +255,59 @@ class _AddNorm(torch.autograd.Function):
         return dx, dx, dw, db, None, None
 
 
+# Under torch.compile the norm is one opaque operator with a backward of its own: no graph breaks, and the compiler need
+# not find out by itself what a Triton kernel writes.
+@torch.library.custom_op("fusedlm::norm", mutates_args=())
+def _norm_op(
+    x: Tensor, r: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, mean: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, x + r, mean, rstd; x + r and mean are empty where there is no r and no mean."""
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    y, total, means, rstd = _forward(x, r, weight, bias, eps, mean=mean, stats=True)
+    assert rstd is not None
+    return y, x.new_empty(0) if r is None else total.view(x.shape), rstd.new_empty(0) if means is None else means, rstd
+
+
+@_norm_op.register_fake
+def _(x: Tensor, r: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, mean: bool) -> Any:
+    M = x.numel() // max(x.shape[-1], 1)
+    stats = x.new_empty(M, dtype=torch.float32)
+    total = x.new_empty(0) if r is None else x.new_empty(x.shape)
+    return x.new_empty(x.shape), total, torch.empty_like(stats) if mean else stats.new_empty(0), stats
+
+
+@torch.library.custom_op("fusedlm::norm_backward", mutates_args=())
+def _norm_backward_op(
+    dy: Tensor, ds: Tensor | None, x: Tensor, weight: Tensor, means: Tensor, rstd: Tensor, has_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dweight, dbias; dbias is empty where there is no bias."""
+    mean = means if means.numel() else None
+    dx, dw, db = _backward(dy, ds, rows(x), weight.contiguous(), mean, rstd, bias=has_bias)
+    return dx, dw.clone(), weight.new_empty(0) if db is None else db.clone()
+
+
+@_norm_backward_op.register_fake
+def _(dy: Tensor, ds: Tensor | None, x: Tensor, weight: Tensor, means: Any, rstd: Any, has_bias: bool) -> Any:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape if has_bias else 0)
+
+
+def _norm_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    x, r, weight, bias, _, _ = inputs
+    _, total, means, rstd = output
+    ctx.save_for_backward(x if r is None else total, weight, means, rstd)
+    ctx.has_residual, ctx.has_bias = r is not None, bias is not None
+
+
+def _norm_backward(ctx: Any, dy: Tensor, ds: Tensor, *_: Any) -> Any:
+    x, weight, means, rstd = ctx.saved_tensors
+    ds_or_none = ds if ctx.has_residual else None
+    dx, dw, db = torch.ops.fusedlm.norm_backward(dy, ds_or_none, x, weight, means, rstd, ctx.has_bias)
+    return dx, dx.clone() if ctx.has_residual else None, dw, db if ctx.has_bias else None, None, None
+
+
+_norm_op.register_autograd(_norm_backward, setup_context=_norm_setup)
+
+
 def _check(x: Tensor, r: Tensor | None, weight: Tensor, bias: Tensor | None) -> None:
     for name, p in (("weight", weight), ("bias", bias)):
         if p is not None and p.shape != x.shape[-1:]:
@@ -267,6 +320,25 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, mean: bool) -> Tensor:
+    if torch.compiler.is_compiling():
+        return torch.ops.fusedlm.norm(x, None, weight, bias, eps, mean)[0]
+    if _needs_grad(x, weight, bias):
+        return _Norm.apply(x, weight, bias, eps, mean)
+    return _forward(x, None, weight, bias, eps, mean=mean, stats=False)[0]
+
+
+def _add_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, mean: bool
+) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling():
+        return torch.ops.fusedlm.norm(x, residual, weight, bias, eps, mean)[:2]
+    if _needs_grad(x, residual, weight, bias):
+        return _AddNorm.apply(x, residual, weight, bias, eps, mean)
+    y, total, _, _ = _forward(x, residual, weight, bias, eps, mean=mean, stats=False)
+    return y, total.view(x.shape)
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """Layer norm over the last dimension. x: (..., N), any strides; weight, bias: (N,). Returns x's shape and dtype.
 
@@ -275,9 +347,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
     _check(x, None, weight, bias)
     if not use_triton(x) or x.shape[-1] > MAX_N:
         return layer_norm_ref(x, weight, bias, eps)
-    if _needs_grad(x, weight, bias):
-        return _Norm.apply(x, weight, bias, eps, True)
-    return _forward(x, None, weight, bias, eps, mean=True, stats=False)[0]
+    return _norm(x, weight, bias, eps, mean=True)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
@@ -288,9 +358,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     _check(x, None, weight, None)
     if not use_triton(x) or x.shape[-1] > MAX_N:
         return rms_norm_ref(x, weight, eps)
-    if _needs_grad(x, weight):
-        return _Norm.apply(x, weight, None, eps, False)
-    return _forward(x, None, weight, None, eps, mean=False, stats=False)[0]
+    return _norm(x, weight, None, eps, mean=False)
 
 
 def add_layer_norm(
@@ -303,10 +371,7 @@ def add_layer_norm(
     _check(x, residual, weight, bias)
     if not use_triton(x) or x.shape[-1] > MAX_N:
         return add_layer_norm_ref(x, residual, weight, bias, eps)
-    if _needs_grad(x, residual, weight, bias):
-        return _AddNorm.apply(x, residual, weight, bias, eps, True)
-    y, total, _, _ = _forward(x, residual, weight, bias, eps, mean=True, stats=False)
-    return y, total.view(x.shape)
+    return _add_norm(x, residual, weight, bias, eps, mean=True)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -317,7 +382,4 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6)
     _check(x, residual, weight, None)
     if not use_triton(x) or x.shape[-1] > MAX_N:
         return add_rms_norm_ref(x, residual, weight, eps)
-    if _needs_grad(x, residual, weight):
-        return _AddNorm.apply(x, residual, weight, None, eps, False)
-    y, total, _, _ = _forward(x, residual, weight, None, eps, mean=False, stats=False)
-    return y, total.view(x.shape)
+    return _add_norm(x, residual, weight, None, eps, mean=False)
