@@ -1,10 +1,9 @@
 import sys
+from importlib import import_module
 
-from benchmarks import ops
-
-SUITES = {"ops": ops.main}
+SUITES = ("ops", "report")
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in SUITES:
         sys.exit(f"usage: python -m benchmarks {{{','.join(SUITES)}}} ...")
-    SUITES[sys.argv[1]](sys.argv[2:])
+    import_module(f"benchmarks.{sys.argv[1]}").main(sys.argv[2:])

@@ -12,6 +12,7 @@ import torch
 import triton
 
 from benchmarks.peers import peers_of
+from benchmarks.tables import ops_table
 from benchmarks.timing import Work, copy_bandwidth, time_variants
 from fusedlm.testing import OpCase, Shape, check, checks
 from fusedlm.testing.cases import CASES
@@ -20,17 +21,22 @@ DTYPE = torch.bfloat16
 L2_BYTES = 50e6
 
 
-def environment() -> dict[str, Any]:
+def head() -> str | None:
+    """The commit that is checked out, where this is a git checkout."""
+    done = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def environment(commit: str | None) -> dict[str, Any]:
     """What a figure depends on: GPU, driver, versions, commit."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
         "gpu": torch.cuda.get_device_name(),
         "driver": subprocess.run(query, capture_output=True, text=True).stdout.strip(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
-        "commit": commit or None,
+        "commit": commit,
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -107,25 +113,11 @@ def run_op(case: OpCase, copy: float) -> list[dict[str, Any]]:
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: per op, shape and direction our time and share of the copy bandwidth, peers' times over ours."""
-    lines = ["| op | shape | pass | us | share of copy | against |", "|---|---|---|---|---|---|"]
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        shape = " x ".join(str(v) for v in row["shape"].values())
-        groups.setdefault((row["op"], shape, row["direction"]), []).append(row)
-    for (op, shape, direction), group in groups.items():
-        ours = next(r for r in group if r["variant"] == "fusedlm")
-        against = ", ".join(f"{r['variant']} {r['seconds'] / ours['seconds']:.2f}x" for r in group if r is not ours)
-        share = f"{ours['share_of_copy']:.0%}"
-        lines.append(f"| {op} | {shape} | {direction} | {ours['seconds'] * 1e6:.1f} | {share} | {against} |")
-    return "\n".join(lines)
-
-
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks ops", description=__doc__)
     parser.add_argument("names", nargs="*", help="ops; all where none is named")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the JSON")
+    parser.add_argument("--commit", default=head(), help="of the code that runs, where it is not a git checkout")
     options = parser.parse_args(arguments)
     unknown = set(options.names) - CASES.keys()
     if unknown:
@@ -133,12 +125,12 @@ def main(arguments: list[str]) -> None:
     if not torch.cuda.is_available():
         parser.error("there is no GPU here")
     with torch.cuda.stream(torch.cuda.Stream()):  # graphs cannot be captured on the default one
-        _run(options.names or list(CASES), options.out)
+        _run(options.names or list(CASES), options.out, options.commit)
 
 
-def _run(names: list[str], out: Path) -> None:
+def _run(names: list[str], out: Path, commit: str | None) -> None:
     copy = copy_bandwidth()
-    results: dict[str, Any] = {"environment": environment(), "copy_bytes_per_second": copy, "rows": []}
+    results: dict[str, Any] = {"environment": environment(commit), "copy_bytes_per_second": copy, "rows": []}
     for name in names:
         start = time.perf_counter()
         results["rows"] += run_op(CASES[name], copy)
@@ -146,4 +138,4 @@ def _run(names: list[str], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "ops.json").write_text(json.dumps(results, indent=1) + "\n")
     print(f"copy {copy / 1e12:.2f} TB/s")
-    print(table(results["rows"]))
+    print(ops_table(results["rows"]))

@@ -5,16 +5,15 @@ from typing import Any
 
 import torch
 
+from benchmarks.peers.eager import EAGER
 from fusedlm.testing import OpCase
 
 
 def peers_of(case: OpCase) -> dict[str, Callable[..., Any]]:
     """Variants by name, each taking the case's inputs."""
     torch._dynamo.reset()
-    peers: dict[str, Callable[..., Any]] = {
-        "torch": case.reference,
-        "compile": torch.compile(case.reference, dynamic=False),
-    }
+    eager = EAGER.get(case.name, case.reference)
+    peers: dict[str, Callable[..., Any]] = {"torch": eager, "compile": torch.compile(eager, dynamic=False)}
     try:
         from benchmarks.peers.liger import LIGER
     except ImportError:

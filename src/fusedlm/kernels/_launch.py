@@ -79,7 +79,7 @@ def launch(
     integers = [i % 16 == 0 or (i == 1 and 2) for i in scalars if type(i) is int]
     full = (id(kernel), device, key, *constants.values(), *integers)
     found = _compiled.get(full)
-    if found is None or device != torch.cuda.current_device():
+    if found is None or device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
             compiled = kernel[grid](*tensors, *scalars, **constants)
         names = kernel.arg_names[len(tensors) + len(scalars) :]

@@ -188,7 +188,7 @@ def _forward(
     x2 = rows(x)
     M, N = x2.shape
     r2 = rows(r) if r is not None else None
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = torch.empty((M, N), dtype=x.dtype, device=x.device) if r2 is not None else None
     means = torch.empty(M, dtype=torch.float32, device=x.device) if mean and stats else None
     rstd = torch.empty(M, dtype=torch.float32, device=x.device) if stats else None
