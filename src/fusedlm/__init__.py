@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fusedlm.inference.chat import ChatSession
-    from fusedlm.inference.language_model import Generation, LanguageModel, TextStream, load
+    from fusedlm.inference.generation import Generation, TextStream
+    from fusedlm.inference.language_model import LanguageModel, load
 
 __version__ = "0.1.0"
 
@@ -14,9 +15,9 @@ __all__ = ["ChatSession", "Generation", "LanguageModel", "TextStream", "__versio
 # Names are imported when they are first used, so that `fusedlm --help` need not wait for torch.
 _HOME = {
     "ChatSession": "fusedlm.inference.chat",
-    "Generation": "fusedlm.inference.language_model",
+    "Generation": "fusedlm.inference.generation",
     "LanguageModel": "fusedlm.inference.language_model",
-    "TextStream": "fusedlm.inference.language_model",
+    "TextStream": "fusedlm.inference.generation",
     "load": "fusedlm.inference.language_model",
 }
 

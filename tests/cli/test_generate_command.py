@@ -132,7 +132,7 @@ def test_ctrl_c_leaves_quietly(delay: float, tiny_model: Path) -> None:
 
 
 def test_ctrl_c_in_a_stream_says_how_far_it_came(run: Run, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fusedlm.inference.language_model import TextStream
+    from fusedlm.inference.generation import TextStream
 
     pieces, original = [], TextStream.__next__
 

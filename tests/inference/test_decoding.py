@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fusedlm.inference.decoder import EagerDecoder
-from fusedlm.inference.language_model import Generation, LanguageModel
+from fusedlm.inference.generation import Generation
+from fusedlm.inference.language_model import LanguageModel
 from fusedlm.models import PRESETS, DecoderModel
 
 Build = Callable[..., DecoderModel]

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +14,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler for NVIDIA GPUs is for Linux")
 def test_kernels_compile_without_spills() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # the compiler, not the interpreter
-    command = [sys.executable, "-m", "fusedlm.testing.compile_tier", "--json"]
+    command = [sys.executable, str(Path(__file__).with_name("compile_tier.py")), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
     assert done.stdout, done.stderr
     found = json.loads(done.stdout)

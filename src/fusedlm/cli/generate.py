@@ -12,7 +12,8 @@ from fusedlm.cli import options
 from fusedlm.cli.output import speed_line
 
 if TYPE_CHECKING:
-    from fusedlm.inference.language_model import Generation, LanguageModel
+    from fusedlm.inference.generation import Generation
+    from fusedlm.inference.language_model import LanguageModel
 
 
 def generate(

@@ -8,7 +8,7 @@ import typer
 from fusedlm import __version__
 
 if TYPE_CHECKING:
-    from fusedlm.inference.language_model import Stats
+    from fusedlm.inference.generation import Stats
 
 
 def fail(error: BaseException) -> NoReturn:

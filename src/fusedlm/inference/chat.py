@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fusedlm.inference.decoder import EagerDecoder
-from fusedlm.inference.language_model import LanguageModel, TextStream
+from fusedlm.inference.generation import TextStream
+from fusedlm.inference.language_model import LanguageModel
 from fusedlm.tokenizer.chat import render_chat
 
 

@@ -1,6 +1,6 @@
 """Compile every kernel for GPUs that are not here, and read what it would take of them.
 
-    python -m fusedlm.testing.compile_tier [NAMES] [--json]
+    python tests/kernels/compile_tier.py [NAMES] [--json]
 
 Ops run on the device "meta" at the shapes of their case and record their launches; each is compiled for sm_80, 89,
 90, 100 and 120 by the real compiler (so not under TRITON_INTERPRET=1), and cuobjdump reads registers, stack and shared
