@@ -91,6 +91,18 @@ def test_a_model_without_a_template_is_refused(run: Run, tiny_model: Path, tmp_p
     assert "no chat template" in result.err
 
 
+def test_a_conversation_takes_no_more_than_its_context(
+    run: Run, type_lines: Callable[..., None], tiny_model: Path
+) -> None:
+    type_lines("hello")
+    result = run("chat", "--model", tiny_model, "--context-length", "10")
+    assert "7 prompt tokens" in result.err
+    assert "3 new tokens" in result.err
+    type_lines("hello there, how are you")
+    assert "the context is 10" in run("chat", "--model", tiny_model, "--context-length", "10").err
+    assert "context_length is 0" in run("chat", "--model", tiny_model, "--context-length", "0").err
+
+
 def test_turns_are_read_once_and_give_what_a_fresh_reading_gives(tiny_model: Path) -> None:
     """The second answer over the kept cache is the one that the whole conversation read anew gets."""
     session = ChatSession(load(tiny_model, device="cpu"))

@@ -66,7 +66,7 @@ BAD: list[tuple[list[str], str]] = [
     (["--prompt-file", "/no/such/file"], "/no/such/file"),
     ([""], "the prompt is empty"),
     (["hello \udcff there"], "the prompt is not valid UTF-8: byte 0xff at 6"),
-    (["hello " * 200], r"the prompt has \d+ tokens, and the model's context is 96"),
+    (["hello " * 200], r"the prompt has \d+ tokens, and the context is 96"),
     (["hello", "--top-p", "3"], "top_p is 3.0; expected"),
     (["hello", "--temperature", "nan"], "temperature is nan; expected"),
     (["hello", "--min-p", "-1"], "min_p is -1.0; expected"),

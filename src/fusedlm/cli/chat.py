@@ -21,6 +21,9 @@ def chat(
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", "-n", help="At most so many tokens an answer.")
     ] = None,
+    context_length: Annotated[
+        int, typer.Option(help="Tokens the conversation may take, at most what the model can.")
+    ] = 8192,
     temperature: options.Temperature = None,
     top_k: options.TopK = None,
     top_p: options.TopP = None,
@@ -50,7 +53,7 @@ def chat(
         "stop": stop or (),
     }
     language_model = load(model, device=device, dtype=dtype, offline=offline, cache_dir=cache_dir)
-    session = ChatSession(language_model, system=system)
+    session = ChatSession(language_model, system=system, context_length=context_length)
     bandwidth = measure_bandwidth(language_model.device)
     typer.echo(f"{language_model.name}: type a message, or /help", err=True)
     with contextlib.suppress(ImportError):

@@ -18,13 +18,19 @@ class ChatSession:
     Each `send` reads only what is new since the last: the cache keeps the conversation so far.
     """
 
-    def __init__(self, model: LanguageModel, *, system: str | None = None) -> None:
-        """system: a system message to begin with. Raises ValueError for a model without a chat template."""
+    def __init__(self, model: LanguageModel, *, system: str | None = None, context_length: int = 8192) -> None:
+        """system: a system message to begin with. context_length: tokens the conversation may take, at most what the
+        model can; memory for all of them is set aside.
+
+        Raises ValueError for a model without a chat template, and for a context_length below 1.
+        """
+        if context_length < 1:
+            raise ValueError(f"context_length is {context_length}; expected 1 or more")
         if model.tokenizer is None or model.tokenizer.chat_template is None:
             raise ValueError(f"{model.name or 'this model'} has no chat template; expected an instruct model")
         self.model = model
         self._system = system
-        self._decoder = EagerDecoder(model.model, 1, model.context_length)
+        self._decoder = EagerDecoder(model.model, 1, min(context_length, model.context_length))
         self.messages: list[dict[str, str]] = []
         self.reset()
 

@@ -101,9 +101,8 @@ class _TextOutput:
             return ""
         piece = ""
         for token in sequence.tokens[self._taken :]:
-            # Embeddings are often padded: rows behind the vocabulary are tokens that stand for no text.
-            known = token < self._tokenizer.vocab_size
-            piece += self._matcher.push(self._decoder.push(token) if known else "")
+            if token < self._tokenizer.vocab_size:  # rows that pad the embedding stand for no text
+                piece += self._matcher.push(self._decoder.push(token))
         self._taken = len(sequence.tokens)
         if sequence.finish_reason is not None:
             piece += self._matcher.push(self._decoder.finish())

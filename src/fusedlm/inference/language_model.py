@@ -161,7 +161,8 @@ class LanguageModel:
             repetition_penalty=repetition_penalty,
             seed=seed,
         )
-        sequences = [self._sequence(ids, max_new_tokens) for ids in prompts for _ in range(num_samples)]
+        context = self.context_length if decoder is None else min(decoder.capacity, self.context_length)
+        sequences = [_sequence(ids, max_new_tokens, context) for ids in prompts for _ in range(num_samples)]
         if decoder is None:
             capacity = max(len(s.prompt) + s.limit for s in sequences)
             decoder = EagerDecoder(self.model, len(sequences), capacity)
@@ -193,23 +194,24 @@ class LanguageModel:
             defaults.setdefault("temperature", 1.0)
         return SamplingParams(**{**defaults, **{k: v for k, v in given.items() if v is not None}})
 
-    def _sequence(self, ids: list[int], max_new_tokens: int | None) -> TokenSequence:
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 1 or more")
-        room = self.context_length - len(ids)
-        if room < 1:
-            raise ValueError(
-                f"the prompt has {len(ids)} tokens, and the model's context is {self.context_length}; expected a "
-                f"prompt of at most {self.context_length - 1}"
-            )
-        if max_new_tokens is None or max_new_tokens > room:
-            return TokenSequence(ids, room, FinishReason.CONTEXT_LIMIT)
-        return TokenSequence(ids, max_new_tokens, FinishReason.MAX_NEW_TOKENS)
-
     def save(self, directory: str | Path) -> None:
         """Write a Hugging Face directory, whole or not at all. Raises ValueError where it is there already."""
         with new_directory(Path(directory)) as folder:
             save_checkpoint(self.model, folder, tokenizer=self.tokenizer, generation_config=self.generation_config)
+
+
+def _sequence(ids: list[int], max_new_tokens: int | None, context: int) -> TokenSequence:
+    """context: tokens of prompt and answer together."""
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 1 or more")
+    room = context - len(ids)
+    if room < 1:
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens, and the context is {context}; expected at most {context - 1}"
+        )
+    if max_new_tokens is None or max_new_tokens > room:
+        return TokenSequence(ids, room, FinishReason.CONTEXT_LIMIT)
+    return TokenSequence(ids, max_new_tokens, FinishReason.MAX_NEW_TOKENS)
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
