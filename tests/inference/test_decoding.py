@@ -101,6 +101,12 @@ def test_a_prompt_that_begins_as_the_last_one_is_read_from_where_it_differs(chan
     assert error(logits[0], expected) < 1e-5
 
 
+def test_the_same_prompt_again_gives_the_same_logits(random_model: Build) -> None:
+    decoder = EagerDecoder(random_model("tiny-llama"), 1, 60)
+    first = decoder.prefill([prompt(12)])
+    assert error(decoder.prefill([prompt(12)]), first.double()) < 1e-6
+
+
 def test_an_interrupted_prefill_does_not_spoil_the_next_one(random_model: Build) -> None:
     model = random_model("tiny-llama")
     decoder = EagerDecoder(model, 1, 60, chunk=4)

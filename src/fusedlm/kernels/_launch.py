@@ -100,6 +100,8 @@ def rows(x: Tensor) -> Tensor:
 
 
 @functools.cache
-def num_multiprocessors(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU; 3 under the interpreter, so that small tests still loop."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+def num_programs(device: torch.device, per_multiprocessor: int) -> int:
+    """Programs of a grid that stays resident on a GPU; 3 under the interpreter, so that small tests still loop."""
+    if device.type != "cuda":
+        return 3
+    return per_multiprocessor * torch.cuda.get_device_properties(device).multi_processor_count

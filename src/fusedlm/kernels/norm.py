@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fusedlm.kernels._backend import use_triton
-from fusedlm.kernels._launch import launch, num_multiprocessors, rows
+from fusedlm.kernels._launch import launch, num_programs, rows
 from fusedlm.kernels._triton import tl, triton
 
 MAX_N = 65536  # a row is one program's
@@ -172,7 +172,7 @@ def _bwd_config(N: int, has_mean: bool) -> dict[str, Any]:
 def _bwd_programs(M: int, N: int, device: torch.device) -> int:
     """As many as are resident at once: more rows of partial sums would cost traffic, fewer leave the memory idle."""
     per_sm = min(max(8192 // triton.next_power_of_2(N), 1), 8)
-    return min(M, per_sm * num_multiprocessors(device))
+    return min(M, num_programs(device, per_sm))
 
 
 def _sum_config(P: int) -> dict[str, int]:
