@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Backend = Literal["auto", "triton", "torch"]
@@ -28,7 +29,8 @@ def interpreting() -> bool:
 
 def use_triton(x: Tensor) -> bool:
     """Whether an op that has a Triton kernel launches it for `x`."""
-    if _forced == "triton" and not (x.is_cuda or x.is_meta or interpreting()):  # meta: see record_launches
+    elsewhere = not (x.is_cuda or x.is_meta)  # meta: see record_launches
+    if _forced == "triton" and elsewhere and not torch.compiler.is_compiling() and not interpreting():
         raise ValueError(f"the Triton kernels were asked for, and they need a CUDA tensor; got one on {x.device}")
     return x.is_cuda if _forced == "auto" else _forced == "triton"
 

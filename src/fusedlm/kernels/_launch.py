@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fusedlm.kernels._backend import interpreting
+from fusedlm.kernels._triton import triton
 
 _compiled: dict[Any, Any] = {}
 _recorded: list["Launch"] | None = None
@@ -97,6 +98,27 @@ def rows(x: Tensor) -> Tensor:
         return x
     flat = x.reshape(-1, x.shape[-1])
     return flat if flat.stride(-1) == 1 else flat.contiguous()
+
+
+def lines(*tensors: Tensor) -> Any:
+    """Tensors of one shape as (M, N) with unit stride along N, for kernels that go element by element.
+
+    One long line (M = 1) where all are contiguous, else the rows; copies only where it must. One tensor comes alone.
+    """
+    if all(t.is_contiguous() for t in tensors):
+        found = [t.view(1, -1) for t in tensors]
+    elif tensors[0].ndim < 2:
+        found = [t.contiguous().view(1, -1) for t in tensors]
+    else:
+        found = [rows(t) for t in tensors]
+    return found[0] if len(found) == 1 else found
+
+
+@functools.cache
+def elementwise_config(M: int, N: int) -> tuple[dict[str, int], tuple[int, int, int]]:
+    """Constants and grid of kernels that go element by element: 16 a thread, one dimension of blocks row by row."""
+    block = 64 if interpreting() else 2048
+    return {"BLOCK_N": block, "num_warps": 4}, (M * triton.cdiv(N, block), 1, 1)
 
 
 @functools.cache

@@ -1,23 +1,112 @@
-"""GELU (Hendrycks and Gimpel 2016): y = x * Phi(x), or GPT-2's tanh approximation of it.
+"""GELU (Hendrycks and Gimpel 2016): y = x * Phi(x), or GPT-2's approximation of it.
 
-tanh: y = 0.5 * x * (1 + tanh(sqrt(2/pi) * (x + 0.044715 * x^3))). Traffic: 2 elements per element forward.
+    exact  Phi(x) = (1 + erf(x / sqrt(2))) / 2,          dy/dx = Phi(x) + x * exp(-x^2 / 2) / sqrt(2 pi)
+    tanh   Phi(x) ~ (1 + tanh(u)) / 2 = sigmoid(2u),     u = sqrt(2 / pi) * (x + 0.044715 x^3),
+           with s = sigmoid(2u):                         dy/dx = s + x * s * (1 - s) * 2 du/dx
+Numerics: loads are widened to fp32, one rounding at the store.
+Traffic, in elements: forward 2 per element (x, y), backward 3 (x, dy, dx).
 """
 
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from fusedlm.kernels._backend import torch_only
+from fusedlm.kernels._backend import use_triton
+from fusedlm.kernels._launch import elementwise_config, launch, lines
+from fusedlm.kernels._operator import operator
+from fusedlm.kernels._triton import tl, triton
 
 
 def gelu_ref(x: Tensor, approximate: Literal["none", "tanh"] = "none") -> Tensor:
     return F.gelu(x, approximate=approximate)
 
 
+@triton.jit
+def _exp_minus(x):
+    # exp2 is what the hardware has. Kept finite, so that e * s * s below never becomes infinity times zero.
+    return tl.exp2(tl.minimum(x * -1.4426950408889634, 126.0))
+
+
+@triton.jit
+def _fwd_kernel(x_ptr, y_ptr, x_stride, N, TANH: tl.constexpr, BLOCK_N: tl.constexpr):
+    blocks = tl.cdiv(N, BLOCK_N)
+    row = tl.cast(tl.program_id(0) // blocks, tl.int64)
+    cols = tl.cast(tl.program_id(0) % blocks, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = cols < N
+    x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    if TANH:
+        y = x / (1.0 + _exp_minus(1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    else:
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    tl.store(y_ptr + row * N + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _bwd_kernel(dy_ptr, x_ptr, dx_ptr, dy_stride, x_stride, N, TANH: tl.constexpr, BLOCK_N: tl.constexpr):
+    blocks = tl.cdiv(N, BLOCK_N)
+    row = tl.cast(tl.program_id(0) // blocks, tl.int64)
+    cols = tl.cast(tl.program_id(0) % blocks, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = cols < N
+    dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    if TANH:
+        x2 = x * x
+        e = _exp_minus(1.5957691216057308 * (x + 0.044715 * x * x2))
+        s = 1.0 / (1.0 + e)
+        slope = s + x * (e * s * s) * (1.5957691216057308 + 0.21406444881780076 * x2)  # 1 - s, without the digits it loses
+    else:
+        slope = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    tl.store(dx_ptr + row * N + cols, (dy * slope).to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+@operator(fake=lambda x, tanh: x.new_empty(x.shape))
+def _gelu(x: Tensor, tanh: bool) -> Tensor:
+    x2 = lines(x)
+    M, N = x2.shape
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if M and N:
+        config, grid = elementwise_config(M, N)
+        launch(_fwd_kernel, grid, x.dtype, (x2, y), (x2.stride(0), N), {"TANH": tanh, **config})
+    return y
+
+
+@operator(fake=lambda dy, x, tanh: x.new_empty(x.shape))
+def _gelu_backward(dy: Tensor, x: Tensor, tanh: bool) -> Tensor:
+    dy2, x2 = lines(dy, x)
+    M, N = x2.shape
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if M and N:
+        config, grid = elementwise_config(M, N)
+        scalars = (dy2.stride(0), x2.stride(0), N)
+        launch(_bwd_kernel, grid, x.dtype, (dy2, x2, dx), scalars, {"TANH": tanh, **config})
+    return dx
+
+
+class _GELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tanh: bool) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.tanh = tanh
+        return _gelu(x, tanh)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        return _gelu_backward(dy, *ctx.saved_tensors, ctx.tanh), None
+
+
 def gelu(x: Tensor, approximate: Literal["none", "tanh"] = "none") -> Tensor:
-    """GELU of each element, exact ("none") or by the tanh approximation. Any shape. Raises ValueError for another."""
+    """GELU of each element, exact ("none") or by the tanh approximation. Any shape and strides. Returns x's dtype.
+
+    Raises ValueError for another approximation.
+    """
     if approximate not in ("none", "tanh"):
         raise ValueError(f"approximate is {approximate!r}; expected 'none' or 'tanh'")
-    torch_only("gelu")
-    return gelu_ref(x, approximate)
+    if not use_triton(x):
+        return gelu_ref(x, approximate)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _GELU.apply(x, approximate == "tanh")
+    return _gelu(x, approximate == "tanh")

@@ -18,6 +18,11 @@ from fusedlm.kernels import backend
 Shape = Mapping[str, Any]
 Inputs = dict[str, Any]
 
+# Shapes to time that every row op shares: 25 million elements or more at widths from 768 to 8192.
+WIDTHS: tuple[Shape, ...] = tuple(
+    {"M": 2**25 // N if N > 1024 else 32768, "N": N} for N in (768, 1024, 2048, 4096, 8192)
+)
+
 LAYOUTS = ("contiguous", "padded", "transposed")
 GRADIENT_LAYOUTS = ("contiguous", "padded", "transposed", "expanded")
 
@@ -32,7 +37,10 @@ class OpCase:
     shapes: for the contract; small, odd, and with more rows than programs.
     gradients: inputs that are differentiated. fixed: floating-point inputs that keep float32 (tables of angles).
     traffic: elements read and written by (forward, backward) at a shape, each input and output once.
-    bench: shapes to time. max_ratio, rms_ratio: where an op's rounding differs from the reference's, with why.
+    flops: floating-point operations of a forward and a backward pass, where products and not memory set the limit.
+    bench: shapes to time, in bench_dtype. timed: what is timed where it is not op itself (op copies what timed writes
+    into). together: forward and backward are timed as one, because one does the other's work.
+    max_ratio, rms_ratio: where an op's rounding differs from the reference's, with why.
     """
 
     name: str
@@ -43,10 +51,20 @@ class OpCase:
     gradients: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
     traffic: Callable[[Shape], tuple[int, int]] | None = None
+    flops: Callable[[Shape], int] | None = None
     bench: tuple[Shape, ...] = ()
+    bench_dtype: torch.dtype = torch.bfloat16
+    timed: Callable[..., Any] | None = None
+    together: bool = False
     max_ratio: float = 2.0
     rms_ratio: float = 1.1
     empty: Shape | None = None  # a shape with no elements
+
+
+def randn(generator: torch.Generator | None, *shape: int) -> Tensor:
+    """Normal numbers in float64 on the generator's device, or torch's current one."""
+    device = None if generator is None else generator.device
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device=device)
 
 
 def _outputs(result: Any) -> tuple[Tensor, ...]:

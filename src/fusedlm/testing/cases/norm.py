@@ -1,0 +1,43 @@
+"""The four norms."""
+
+import torch
+
+from fusedlm.kernels import norm
+from fusedlm.testing.contract import WIDTHS, Inputs, OpCase, Shape, randn
+
+
+def _norm_inputs(shape: Shape, g: torch.Generator | None, *, residual: bool, bias: bool) -> Inputs:
+    M, N = shape["M"], shape["N"]
+    inputs: Inputs = {"x": randn(g, M, N) + 0.5}
+    if residual:
+        inputs["residual"] = randn(g, M, N)
+    inputs["weight"] = 1 + 0.5 * randn(g, N)
+    if bias:
+        inputs["bias"] = randn(g, N)
+    return inputs
+
+
+_NORM_SHAPES: tuple[Shape, ...] = ({"M": 7, "N": 123}, {"M": 5, "N": 760}, {"M": 4, "N": 768}, {"M": 2, "N": 5})
+
+
+def _norm_case(name: str, *, residual: bool, bias: bool) -> OpCase:
+    passes = (4, 4) if residual else (2, 3)
+    return OpCase(
+        name=name,
+        op=getattr(norm, name),
+        reference=getattr(norm, f"{name}_ref"),
+        inputs=lambda shape, g: _norm_inputs(shape, g, residual=residual, bias=bias),
+        shapes=_NORM_SHAPES,
+        gradients=("x", *(["residual"] if residual else []), "weight", *(["bias"] if bias else [])),
+        traffic=lambda s: (passes[0] * s["M"] * s["N"], passes[1] * s["M"] * s["N"]),
+        bench=WIDTHS,
+        empty={"M": 0, "N": 16},
+    )
+
+
+CASES = (
+    _norm_case("layer_norm", residual=False, bias=True),
+    _norm_case("rms_norm", residual=False, bias=False),
+    _norm_case("add_layer_norm", residual=True, bias=True),
+    _norm_case("add_rms_norm", residual=True, bias=False),
+)
