@@ -2,12 +2,14 @@
 
 from fusedlm.kernels._backend import backend
 from fusedlm.kernels.attention import attention
+from fusedlm.kernels.dropout import dropout
 from fusedlm.kernels.embedding import embedding
 from fusedlm.kernels.gelu import gelu
 from fusedlm.kernels.linear import linear
 from fusedlm.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fusedlm.kernels.rope import rope
 from fusedlm.kernels.sample import sample
+from fusedlm.kernels.softmax import softmax
 from fusedlm.kernels.swiglu import swiglu
 
 __all__ = [
@@ -15,6 +17,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "backend",
+    "dropout",
     "embedding",
     "gelu",
     "layer_norm",
@@ -22,5 +25,6 @@ __all__ = [
     "rms_norm",
     "rope",
     "sample",
+    "softmax",
     "swiglu",
 ]

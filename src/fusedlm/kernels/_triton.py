@@ -16,6 +16,6 @@ else:
             return fn if fn is not None else lambda fn: fn
 
         triton = SimpleNamespace(jit=_jit)
-        tl = SimpleNamespace(constexpr=object)
+        tl = SimpleNamespace(constexpr=lambda value=None: value)
 
 __all__ = ["tl", "triton"]

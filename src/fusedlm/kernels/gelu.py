@@ -56,7 +56,9 @@ def _bwd_kernel(dy_ptr, x_ptr, dx_ptr, dy_stride, x_stride, N, TANH: tl.constexp
         x2 = x * x
         e = _exp_minus(1.5957691216057308 * (x + 0.044715 * x * x2))
         s = 1.0 / (1.0 + e)
-        slope = s + x * (e * s * s) * (1.5957691216057308 + 0.21406444881780076 * x2)  # 1 - s, without the digits it loses
+        slope = s + x * (e * s * s) * (
+            1.5957691216057308 + 0.21406444881780076 * x2
+        )  # 1 - s, without the digits it loses
     else:
         slope = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
     tl.store(dx_ptr + row * N + cols, (dy * slope).to(dx_ptr.dtype.element_ty), mask=mask)

@@ -1,6 +1,8 @@
 """One `OpCase` an op, a module a family."""
 
-from fusedlm.testing.cases import gelu, norm
+from fusedlm.testing.cases import dropout, gelu, norm, softmax, swiglu
 from fusedlm.testing.contract import OpCase
 
-CASES: dict[str, OpCase] = {case.name: case for module in (norm, gelu) for case in module.CASES}
+_FAMILIES = (norm, gelu, swiglu, dropout, softmax)
+
+CASES: dict[str, OpCase] = {case.name: case for family in _FAMILIES for case in family.CASES}

@@ -1,0 +1,150 @@
+"""Softmax over the last dimension: y = exp(x - m) / sum(exp(x - m)), m = max(x).
+
+Backward: dx = y * (dy - sum(dy * y)).
+Rows that fit a program's registers are read once. Longer ones are gone through in blocks, twice: once for the maximum
+and the sum together (Milakov and Gimelshein 2018), once for the result; the second reading
+finds the row in the L2 cache.
+Numerics: loads are widened to fp32, every sum is fp32, one rounding at the store.
+Traffic: forward 2*M*N elements, backward 3*M*N.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fusedlm.kernels._backend import interpreting, use_triton
+from fusedlm.kernels._launch import launch, rows
+from fusedlm.kernels._operator import operator
+from fusedlm.kernels._triton import tl, triton
+
+
+def softmax_ref(x: Tensor) -> Tensor:
+    return x.softmax(-1)
+
+
+@triton.jit
+def _fwd_kernel(x_ptr, y_ptr, x_stride, N, BLOCK_N: tl.constexpr):
+    row = tl.cast(tl.program_id(0), tl.int64)
+    cols = tl.arange(0, BLOCK_N)
+    mask = cols < N
+    x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=float("-inf")).to(tl.float32)
+    e = tl.exp(x - tl.max(x, 0))
+    y = e / tl.sum(e, 0)
+    tl.store(y_ptr + row * N + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _long_fwd_kernel(x_ptr, y_ptr, x_stride, N, BLOCK_N: tl.constexpr):
+    row = tl.cast(tl.program_id(0), tl.int64)
+    cols = tl.arange(0, BLOCK_N)
+    x_ptr += row * x_stride
+    y_ptr += row * N
+    m = tl.full((BLOCK_N,), float("-inf"), tl.float32)  # a maximum and a sum for each lane, put together at the end
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, N, BLOCK_N):
+        x = tl.load(x_ptr + start + cols, mask=start + cols < N, other=float("-inf")).to(tl.float32)
+        larger = tl.maximum(m, x)
+        # A lane that has seen nothing but -inf: its sum is 0, and -inf - -inf must not make it NaN.
+        known = tl.where(larger == float("-inf"), 0.0, larger)
+        total = total * tl.exp(m - known) + tl.exp(x - known)
+        m = larger
+    top = tl.max(m, 0)
+    sum_all = tl.sum(total * tl.exp(m - top), 0)
+    for start in range(0, N, BLOCK_N):
+        mask = start + cols < N
+        x = tl.load(x_ptr + start + cols, mask=mask, other=float("-inf")).to(tl.float32)
+        tl.store(y_ptr + start + cols, (tl.exp(x - top) / sum_all).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _bwd_kernel(dy_ptr, y_ptr, dx_ptr, dy_stride, y_stride, N, BLOCK_N: tl.constexpr):
+    row = tl.cast(tl.program_id(0), tl.int64)
+    cols = tl.arange(0, BLOCK_N)
+    mask = cols < N
+    dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr + row * y_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    dx = y * (dy - tl.sum(dy * y, 0))
+    tl.store(dx_ptr + row * N + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _long_bwd_kernel(dy_ptr, y_ptr, dx_ptr, dy_stride, y_stride, N, BLOCK_N: tl.constexpr):
+    row = tl.cast(tl.program_id(0), tl.int64)
+    cols = tl.arange(0, BLOCK_N)
+    dy_ptr += row * dy_stride
+    y_ptr += row * y_stride
+    dx_ptr += row * N
+    dots = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, N, BLOCK_N):
+        mask = start + cols < N
+        dy = tl.load(dy_ptr + start + cols, mask=mask, other=0.0).to(tl.float32)
+        dots += dy * tl.load(y_ptr + start + cols, mask=mask, other=0.0).to(tl.float32)
+    dot = tl.sum(dots, 0)
+    for start in range(0, N, BLOCK_N):
+        mask = start + cols < N
+        dy = tl.load(dy_ptr + start + cols, mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(y_ptr + start + cols, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + start + cols, (y * (dy - dot)).to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+@functools.cache
+def _config(N: int) -> tuple[bool, dict[str, int]]:
+    """Whether a row is long, and the constants. 16 numbers a thread."""
+    block = triton.next_power_of_2(N)
+    longest, long_block = (128, 64) if interpreting() else (16384, 8192)
+    if block > longest:
+        return True, {"BLOCK_N": long_block, "num_warps": 16}
+    return False, {"BLOCK_N": block, "num_warps": min(max(block // 512, 1), 32)}
+
+
+@operator(fake=lambda x: x.new_empty(x.shape))
+def _softmax(x: Tensor) -> Tensor:
+    x2 = rows(x)
+    M, N = x2.shape
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if M and N:
+        long, config = _config(N)
+        launch(_long_fwd_kernel if long else _fwd_kernel, (M, 1, 1), x.dtype, (x2, y), (x2.stride(0), N), config)
+    return y
+
+
+@operator(fake=lambda dy, y: y.new_empty(y.shape))
+def _softmax_backward(dy: Tensor, y: Tensor) -> Tensor:
+    dy2, y2 = rows(dy), rows(y)
+    M, N = y2.shape
+    dx = torch.empty_like(y, memory_format=torch.contiguous_format)
+    if M and N:
+        long, config = _config(N)
+        kernel = _long_bwd_kernel if long else _bwd_kernel
+        launch(kernel, (M, 1, 1), y.dtype, (dy2, y2, dx), (dy2.stride(0), y2.stride(0), N), config)
+    return dx
+
+
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = _softmax(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        return _softmax_backward(dy, *ctx.saved_tensors)
+
+
+def softmax(x: Tensor, dim: int = -1) -> Tensor:
+    """Softmax over the last dimension, of any length. x: (..., N), any strides. Returns x's shape and dtype.
+
+    A row of nothing but -inf is NaN, as torch's. Raises ValueError for another dimension.
+    """
+    if x.ndim == 0 or dim not in (-1, x.ndim - 1):
+        raise ValueError(f"softmax over dimension {dim} of shape {tuple(x.shape)}; only the last one is supported")
+    if not use_triton(x):
+        return softmax_ref(x)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Softmax.apply(x)
+    return _softmax(x)
