@@ -19,8 +19,8 @@ from gguf_files import (
 
 from fusedlm.checkpoint.errors import CheckpointError
 from fusedlm.checkpoint.gguf import GGUFFile, config_from_gguf
+from fusedlm.kernels import rotary_frequencies
 from fusedlm.models import PRESETS, GPT2Config, LlamaConfig, ModelConfig
-from fusedlm.models.layers import rotary_frequencies
 
 LLAMA = LlamaConfig(
     vocab_size=101,

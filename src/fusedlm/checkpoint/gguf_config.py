@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fusedlm.checkpoint.errors import CheckpointError
+from fusedlm.kernels import rotary_frequencies
 from fusedlm.models import GPT2Config, LlamaConfig, ModelConfig, RopeScaling
-from fusedlm.models.layers import rotary_frequencies
 
 if TYPE_CHECKING:
     from fusedlm.checkpoint.gguf import GGUFFile

@@ -7,12 +7,13 @@ from fusedlm.kernels.embedding import embedding
 from fusedlm.kernels.gelu import gelu
 from fusedlm.kernels.linear import linear
 from fusedlm.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from fusedlm.kernels.rope import rope
+from fusedlm.kernels.rope import RopeScaling, rope, rotary_frequencies, rotary_tables
 from fusedlm.kernels.sample import sample
 from fusedlm.kernels.softmax import softmax
 from fusedlm.kernels.swiglu import swiglu
 
 __all__ = [
+    "RopeScaling",
     "add_layer_norm",
     "add_rms_norm",
     "attention",
@@ -24,6 +25,8 @@ __all__ = [
     "linear",
     "rms_norm",
     "rope",
+    "rotary_frequencies",
+    "rotary_tables",
     "sample",
     "softmax",
     "swiglu",

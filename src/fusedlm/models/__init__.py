@@ -2,7 +2,8 @@
 
 import torch
 
-from fusedlm.models.config import GPT2Config, LlamaConfig, ModelConfig, RopeScaling
+from fusedlm.kernels import RopeScaling
+from fusedlm.models.config import GPT2Config, LlamaConfig, ModelConfig
 from fusedlm.models.decoder import DecoderModel
 from fusedlm.models.gpt2 import GPT2
 from fusedlm.models.layers import Cache

@@ -2,24 +2,7 @@
 
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """Llama 3.1's stretching of the rotary frequencies to longer contexts (`"rope_type": "llama3"`)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_context_length: int
-
-    def __post_init__(self) -> None:
-        if not (self.factor >= 1 and 0 < self.low_freq_factor < self.high_freq_factor):
-            raise ValueError(
-                f"rope scaling has factor {self.factor}, low_freq_factor {self.low_freq_factor}, high_freq_factor "
-                f"{self.high_freq_factor}; expected factor >= 1 and 0 < low < high"
-            )
-        if self.original_context_length < 1:
-            raise ValueError(f"original_context_length is {self.original_context_length}; expected 1 or more")
+from fusedlm.kernels.rope import RopeScaling
 
 
 @dataclass(frozen=True, kw_only=True)

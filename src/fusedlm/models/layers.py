@@ -1,13 +1,12 @@
 """The layers both architectures are built of. They know no cache: attention asks whoever holds one through `Cache`."""
 
-import math
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fusedlm.kernels import attention, embedding, layer_norm, linear, rms_norm, rope
-from fusedlm.models.config import LlamaConfig, ModelConfig, RopeScaling
+from fusedlm.kernels import attention, embedding, layer_norm, linear, rms_norm, rope, rotary_frequencies, rotary_tables
+from fusedlm.models.config import LlamaConfig, ModelConfig
 
 
 class Cache(Protocol):
@@ -66,24 +65,6 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-def rotary_frequencies(
-    head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device | str = "cpu"
-) -> Tensor:
-    """Angle a position, (D/2,) float64: theta^(-2i/D), stretched as Llama 3.1 does where scaling is given.
-
-    Wavelengths shorter than original_context_length / high_freq_factor stay, those longer than
-    original_context_length / low_freq_factor are stretched by factor, and those between are blended linearly.
-    """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
-    frequencies = theta**-exponent
-    if scaling is None:
-        return frequencies
-    turns = scaling.original_context_length * frequencies / (2 * math.pi)  # over the original context
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequencies * (keep + (1 - keep) / scaling.factor)
-
-
 class Rotary(nn.Module):
     """Tables of cosines and sines for given positions. Has no parameters; angles are computed in float64."""
 
@@ -100,10 +81,7 @@ class Rotary(nn.Module):
         """positions: (T,) or (B, T). Returns cos and sin, each (T, D/2) or (B, 1, T, D/2), in dtype."""
         if self.frequencies.device != positions.device:
             self.frequencies = self._frequencies(positions.device)
-        angles = positions.to(torch.float64).unsqueeze(-1) * self.frequencies
-        if positions.ndim == 2:
-            angles = angles.unsqueeze(1)  # (B, 1, T, D/2), broadcast over heads
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        return rotary_tables(positions, self.frequencies, dtype)
 
 
 class Attention(nn.Module):

@@ -1,6 +1,7 @@
 """The sizes people know by name."""
 
-from fusedlm.models.config import GPT2Config, LlamaConfig, ModelConfig, RopeScaling
+from fusedlm.kernels import RopeScaling
+from fusedlm.models.config import GPT2Config, LlamaConfig, ModelConfig
 
 
 def _gpt2(
