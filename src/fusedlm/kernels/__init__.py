@@ -1,11 +1,14 @@
 """The ops the models are made of, each usable on its own: torch's names and argument order, any strides, any dtype."""
 
 from fusedlm.kernels._backend import backend
+from fusedlm.kernels._index_errors import raise_index_errors
 from fusedlm.kernels.attention import attention
+from fusedlm.kernels.cross_entropy import cross_entropy
 from fusedlm.kernels.dropout import dropout
 from fusedlm.kernels.embedding import embedding
 from fusedlm.kernels.gelu import gelu
 from fusedlm.kernels.linear import linear
+from fusedlm.kernels.linear_cross_entropy import linear_cross_entropy
 from fusedlm.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fusedlm.kernels.rope import RopeScaling, rope, rotary_frequencies, rotary_tables
 from fusedlm.kernels.sample import sample
@@ -18,11 +21,14 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "backend",
+    "cross_entropy",
     "dropout",
     "embedding",
     "gelu",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
+    "raise_index_errors",
     "rms_norm",
     "rope",
     "rotary_frequencies",

@@ -77,6 +77,8 @@ def _is_float(value: Any) -> bool:
 
 def _lay_out(t: Tensor, layout: str) -> Tensor:
     """The same values with other strides."""
+    if t.ndim == 0:
+        return t
     if layout == "padded":  # a slice of something wider, that begins at an odd address
         wide = torch.full((*t.shape[:-1], t.shape[-1] + 3), math.nan, dtype=t.dtype, device=t.device)
         view = wide[..., 1 : 1 + t.shape[-1]]
