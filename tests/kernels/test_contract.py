@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fusedlm.kernels import backend
 from fusedlm.testing import Shape, check, checks
 from fusedlm.testing.cases import CASES
 
@@ -29,15 +31,47 @@ def test_contract(case: Any, shape: Shape, options: dict[str, Any]) -> None:
     check(case, shape, device=DEVICE, **options)
 
 
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
 @pytest.mark.parametrize("name", CASES)
 def test_compiles_whole(name: str) -> None:
-    """torch.compile(fullgraph=True) over the op, forward and backward."""
-    case = CASES[name]
+    """torch.compile(fullgraph=True) over the op, forward and backward; without a GPU all but code generation."""
+    torch._dynamo.reset()
+    compiler = "inductor" if GPU else "aot_eager"
     check(
-        case,
-        case.shapes[0],
-        dtype=torch.bfloat16,
+        CASES[name],
+        CASES[name].shapes[0],
+        dtype=DTYPES[0],
         device=DEVICE,
-        transform=lambda op: torch.compile(op, fullgraph=True),
+        transform=lambda op: torch.compile(op, fullgraph=True, backend=compiler),
     )
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[Any, tuple[Any, ...]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fusedlm":
+            self.calls[func] = args
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_operators_are_what_the_compiler_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes, strides and aliasing of every operator, for what the op calls it with."""
+    case = CASES[name]
+    made = case.inputs(case.shapes[0], torch.Generator().manual_seed(0))
+    inputs = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in made.items()}
+    for key, value in inputs.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            inputs[key] = value.float().requires_grad_(key in case.gradients)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with backend("triton"), _Recorder() as recorder:
+        result = case.op(**inputs)
+        outputs = [o for o in (result if isinstance(result, tuple) else (result,)) if o.requires_grad]
+        if outputs:
+            torch.autograd.backward(outputs, [torch.randn_like(o) for o in outputs])
+    monkeypatch.undo()
+    assert recorder.calls or not case.gradients
+    for op, arguments in recorder.calls.items():
+        torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))

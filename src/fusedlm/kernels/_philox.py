@@ -49,14 +49,6 @@ def keep_mask_ref(seed: Tensor, stream: int, M: int, N: int, threshold: int) -> 
     return (halves >= threshold).view(M, groups * 8)[:, :N]
 
 
-def new_seed(device: torch.device) -> Tensor:
-    """A seed from torch's own generator of the device: (1,) int64.
-
-    So torch.manual_seed repeats it, activation checkpointing restores it, and a CUDA graph draws anew at each replay.
-    """
-    return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
-
-
 def drop_threshold(p: float) -> tuple[int, float]:
     """(how many of 65,536 to drop, what the others are multiplied by) for a probability of p.
 
@@ -68,9 +60,19 @@ def drop_threshold(p: float) -> tuple[int, float]:
     return threshold, 65536 / (65536 - threshold) if threshold < 65536 else 0.0
 
 
-def check_seed(seed: Tensor, device: torch.device) -> None:
-    """Raises ValueError unless seed is one int64 on the device."""
+def dropout_seed(seed: Tensor | None, p: float, training: bool, device: torch.device) -> Tensor | None:
+    """The seed of a dropout, (1,) int64; None where nothing is dropped.
+
+    Where none is given, one from torch's own generator of the device: so torch.manual_seed repeats it, activation
+    checkpointing restores it, and a CUDA graph draws anew at each replay. Raises ValueError for another p or seed.
+    """
+    drop_threshold(p)
+    if not training or p == 0:
+        return None
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
     if seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != device:
         raise ValueError(
             f"seed has shape {tuple(seed.shape)}, {seed.dtype}, on {seed.device}; expected one int64 on {device}"
         )
+    return seed

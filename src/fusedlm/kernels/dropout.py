@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from fusedlm.kernels._backend import interpreting, use_triton
 from fusedlm.kernels._launch import launch
 from fusedlm.kernels._operator import operator
-from fusedlm.kernels._philox import check_seed, drop_threshold, keep_mask, keep_mask_ref, new_seed
+from fusedlm.kernels._philox import drop_threshold, dropout_seed, keep_mask, keep_mask_ref
 from fusedlm.kernels._triton import tl, triton
 
 
@@ -71,12 +71,9 @@ def dropout(x: Tensor, p: float = 0.5, training: bool = True, *, seed: Tensor | 
     every device.
     Raises ValueError for another p or seed.
     """
-    drop_threshold(p)
-    if not training or p == 0:
-        return x
+    seed = dropout_seed(seed, p, training, x.device)
     if seed is None:
-        seed = new_seed(x.device)
-    check_seed(seed, x.device)
+        return x
     if not use_triton(x):
         return dropout_ref(x, p, seed, stream)
     if torch.is_grad_enabled() and x.requires_grad:

@@ -1,40 +1,335 @@
-"""Token embedding, with learned positions added where a model has them: y[b, t] = weight[ids[b, t]] + pos[p[b, t]].
+"""Token embedding, with learned positions and dropout in the same pass: y[b, t] = drop(w[ids[b, t]] + pos[p[b, t]]).
 
-Traffic: B*T*C elements read from each table and B*T*C written.
+Backward: dw[v] = sum of drop(dy[b, t]) over all b, t with ids[b, t] = v, and so for pos. Rows are summed in a fixed
+order: tokens are sorted by id, every program sums runs of equal ids within its chunk of the sorted tokens, and a second
+kernel puts together the runs that cross chunks.
+Numerics: sums are fp32, one rounding at the store. Traffic: forward 2 elements of y (a row read, a row written; rows of
+positions are read again from the cache), backward 1 of dy per table and each table's gradient.
 """
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from fusedlm.kernels._backend import torch_only
+from fusedlm.kernels._backend import interpreting, use_triton
+from fusedlm.kernels._index_errors import check_indices, flag_index, index_flag, raise_index_errors
+from fusedlm.kernels._launch import launch, rows
+from fusedlm.kernels._operator import operator
+from fusedlm.kernels._philox import drop_threshold, dropout_seed, keep_mask, keep_mask_ref
+from fusedlm.kernels._triton import tl, triton
 
 
-def embedding_ref(ids: Tensor, weight: Tensor, position_weight: Tensor | None, positions: Tensor | None) -> Tensor:
+def embedding_ref(
+    ids: Tensor,
+    weight: Tensor,
+    position_weight: Tensor | None = None,
+    positions: Tensor | int = 0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> Tensor:
     x = F.embedding(ids, weight)
-    if position_weight is not None and positions is not None:
-        x = x + F.embedding(positions, position_weight)
+    if position_weight is not None:
+        if isinstance(positions, int):
+            x = x + position_weight[positions : positions + ids.shape[-1]]
+        else:
+            x = x + F.embedding(positions, position_weight)
+    if seed is not None:
+        threshold, scale = drop_threshold(dropout_p)
+        keep = keep_mask_ref(seed, stream, ids.numel(), x.shape[-1], threshold).view(x.shape)
+        x = torch.where(keep, x * scale, 0.0)
     return x
 
 
-def _check_range(name: str, index: Tensor, rows: int) -> None:
-    # Only on the CPU: on a GPU reading the extremes would wait for the device.
-    if index.is_cpu and index.numel() and (int(index.min()) < 0 or int(index.max()) >= rows):
-        raise ValueError(f"{name} must lie in [0, {rows}); got {int(index.min())} to {int(index.max())}")
+@triton.jit(do_not_specialize=["offset", "stream", "threshold"])
+def _fwd_kernel(
+    ids_ptr,
+    w_ptr,
+    pos_w_ptr,
+    pos_ptr,
+    seed_ptr,
+    y_ptr,
+    flag_ptr,
+    w_stride,
+    pos_w_stride,
+    pos_stride_b,
+    T,
+    V,
+    S,
+    offset,
+    stream,
+    threshold,
+    scale,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    token = tl.cast(tl.program_id(0), tl.int64)
+    cols = tl.arange(0, BLOCK_C)
+    mask = cols < C
+    v = tl.load(ids_ptr + token)
+    bad = (v < 0) | (v >= V)
+    flag_index(flag_ptr, bad, v, V)
+    y = tl.load(w_ptr + tl.where(bad, 0, v) * w_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    if pos_w_ptr is not None:
+        t = token % T
+        p = t + offset if pos_ptr is None else tl.load(pos_ptr + token // T * pos_stride_b + t)
+        lost = (p < 0) | (p >= S)
+        flag_index(flag_ptr, lost, p, S)
+        y += tl.load(pos_w_ptr + tl.where(lost, 0, p) * pos_w_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        bad |= lost
+    if seed_ptr is not None:
+        keep = keep_mask(tl.load(seed_ptr), stream, token, 0, threshold, BLOCK_C)
+        y = tl.where(keep, y * scale, 0.0)
+    y = tl.where(bad, float("nan"), y)
+    tl.store(y_ptr + token * C + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gradient_row(dy_ptr, token, dy_stride, cols, mask, seed_ptr, stream, threshold, scale, BLOCK_C: tl.constexpr):
+    """BLOCK_C columns of drop(dy[token]), from a column that is a multiple of 8 on."""
+    dy = tl.load(dy_ptr + token * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    if seed_ptr is not None:
+        keep = keep_mask(tl.load(seed_ptr), stream, token, tl.min(cols, 0) // 8, threshold, BLOCK_C)
+        dy = tl.where(keep, dy * scale, 0.0)
+    return dy
+
+
+@triton.jit(do_not_specialize=["stream", "threshold"])
+def _runs_kernel(
+    dy_ptr,
+    ids_ptr,  # sorted
+    order_ptr,  # the token at each place of the sorted ids
+    seed_ptr,
+    dw_ptr,
+    first_ptr,  # (chunks, C): sums of runs that come from the chunk before
+    last_ptr,  # (chunks, C): sums of runs that begin here and go on in the next chunk
+    dy_stride,
+    M,
+    V,
+    C,
+    stream,
+    threshold,
+    scale,
+    CHUNK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    chunk = tl.cast(tl.program_id(0), tl.int64)
+    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = cols < C
+    start = chunk * CHUNK
+    end = tl.minimum(start + CHUNK, M)
+    before = tl.load(ids_ptr + start - 1, mask=start > 0, other=-1)
+    after = tl.load(ids_ptr + end, mask=end < M, other=-1)
+    total = tl.zeros((BLOCK_C,), tl.float32)
+    for i in range(start, end):
+        v = tl.load(ids_ptr + i)
+        following = tl.load(ids_ptr + i + 1, mask=i + 1 < end, other=-1)
+        token = tl.load(order_ptr + i)
+        total += _gradient_row(dy_ptr, token, dy_stride, cols, mask, seed_ptr, stream, threshold, scale, BLOCK_C)
+        if v != following:  # the end of a run, or of the chunk
+            known = (v >= 0) & (v < V)
+            comes = (v == before) & known
+            goes = (v == after) & (i + 1 == end) & known & (comes == 0)
+            whole = known & (comes == 0) & (goes == 0)
+            tl.store(first_ptr + chunk * C + cols, total, mask=mask & comes)
+            tl.store(last_ptr + chunk * C + cols, total, mask=mask & goes)
+            tl.store(dw_ptr + v * C + cols, total.to(dw_ptr.dtype.element_ty), mask=mask & whole)
+            total = tl.zeros((BLOCK_C,), tl.float32)
+
+
+@triton.jit
+def _join_kernel(ids_ptr, first_ptr, last_ptr, dw_ptr, M, V, C, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr):
+    # A program a chunk: where a run begins in it and goes on, it adds what the following chunks have of that run.
+    chunk = tl.cast(tl.program_id(0), tl.int64)
+    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = cols < C
+    start = chunk * CHUNK
+    end = start + CHUNK
+    v = tl.load(ids_ptr + end - 1, mask=end - 1 < M, other=-1)
+    before = tl.load(ids_ptr + start - 1, mask=start > 0, other=-1)
+    after = tl.load(ids_ptr + end, mask=end < M, other=-1)
+    begins = (v == after) & (v != before) & (v >= 0) & (v < V)
+    if begins:
+        total = tl.load(last_ptr + chunk * C + cols, mask=mask, other=0.0)
+        i = chunk + 1
+        while after == v:
+            total += tl.load(first_ptr + i * C + cols, mask=mask, other=0.0)
+            i += 1
+            after = tl.load(ids_ptr + i * CHUNK, mask=i * CHUNK < M, other=-1)
+        tl.store(dw_ptr + v * C + cols, total.to(dw_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["offset", "stream", "threshold"])
+def _positions_kernel(
+    dy_ptr, seed_ptr, dpos_ptr, dy_stride, B, T, S, C, offset, stream, threshold, scale, BLOCK_C: tl.constexpr
+):
+    # Positions from an offset on: one program sums all sequences of a position.
+    t = tl.cast(tl.program_id(0), tl.int64)
+    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = cols < C
+    total = tl.zeros((BLOCK_C,), tl.float32)
+    for b in range(B):
+        token = tl.cast(b, tl.int64) * T + t
+        total += _gradient_row(dy_ptr, token, dy_stride, cols, mask, seed_ptr, stream, threshold, scale, BLOCK_C)
+    p = t + offset
+    inside = (p >= 0) & (p < S)
+    tl.store(dpos_ptr + p * C + cols, total.to(dpos_ptr.dtype.element_ty), mask=mask & inside)
+
+
+def _columns(C: int) -> dict[str, int]:
+    """Columns a program of the backward kernels: 8 numbers a thread."""
+    block = min(max(triton.next_power_of_2(C), 8), 32 if interpreting() else 1024)
+    return {"BLOCK_C": block, "num_warps": max(block // 256, 1)}
+
+
+@operator(fake=lambda ids, weight, *_: weight.new_empty((*ids.shape, weight.shape[1])))
+def _embedding(
+    ids: Tensor,
+    weight: Tensor,
+    position_weight: Tensor | None,
+    positions: Tensor | None,
+    offset: int,
+    p: float,
+    seed: Tensor | None,
+    stream: int,
+) -> Tensor:
+    V, C = weight.shape
+    T = ids.shape[-1] if ids.ndim else 1
+    y = torch.empty((*ids.shape, C), dtype=weight.dtype, device=weight.device)
+    raise_index_errors()
+    if y.numel():
+        weight = rows(weight)
+        position_weight = None if position_weight is None else rows(position_weight)
+        positions = None if positions is None else positions.contiguous()
+        S, pos_w_stride = (1, 0) if position_weight is None else (position_weight.shape[0], position_weight.stride(0))
+        pos_stride = T if positions is not None and positions.ndim > 1 else 0
+        tensors = (ids.contiguous(), weight, position_weight, positions, seed, y, index_flag(y.device))
+        scalars = (weight.stride(0), pos_w_stride, pos_stride, T, V, S, offset, stream, *drop_threshold(p))
+        block = max(triton.next_power_of_2(C), 8)
+        constants = {"C": C, "BLOCK_C": block, "num_warps": min(max(block // 512, 1), 16)}
+        key = (y.dtype, position_weight is None, positions is None, seed is None)
+        launch(_fwd_kernel, (ids.numel(), 1, 1), key, tensors, scalars, constants)
+    return y
+
+
+@operator(fake=lambda dy, ids, V, *_: dy.new_empty((V, dy.shape[-1])))
+def _embedding_backward(dy: Tensor, ids: Tensor, V: int, p: float, seed: Tensor | None, stream: int) -> Tensor:
+    """The gradient of a table of V rows that ids, of dy's shape less the last, chose from."""
+    dy2 = rows(dy)
+    M, C = dy2.shape
+    dw = torch.zeros((V, C), dtype=dy.dtype, device=dy.device)
+    if M and C:
+        ordered, order = ids.reshape(-1).sort(stable=True)
+        size = 4 if interpreting() else 32
+        chunks = triton.cdiv(M, size)
+        first, last = torch.empty((2, chunks, C), dtype=torch.float32, device=dy.device)
+        constants = {"CHUNK": size, **_columns(C)}
+        grid = (chunks, triton.cdiv(C, constants["BLOCK_C"]), 1)
+        scalars = (dy2.stride(0), M, V, C, stream, *drop_threshold(p))
+        tensors = (dy2, ordered, order, seed, dw, first, last)
+        launch(_runs_kernel, grid, (dy.dtype, seed is None), tensors, scalars, constants)
+        launch(_join_kernel, grid, dy.dtype, (ordered, first, last, dw), (M, V, C), constants)
+    return dw
+
+
+@operator(fake=lambda dy, S, *_: dy.new_empty((S, dy.shape[-1])))
+def _positions_backward(dy: Tensor, S: int, offset: int, p: float, seed: Tensor | None, stream: int) -> Tensor:
+    """The gradient of a table of S positions, of which dy's second last dimension took those from offset on."""
+    T, C = dy.shape[-2:]
+    dpos = torch.zeros((S, C), dtype=dy.dtype, device=dy.device)
+    if dy.numel():
+        dy2 = rows(dy)
+        constants = _columns(C)
+        grid = (T, triton.cdiv(C, constants["BLOCK_C"]), 1)
+        scalars = (dy2.stride(0), dy2.shape[0] // T, T, S, C, offset, stream, *drop_threshold(p))
+        launch(_positions_kernel, grid, (dy.dtype, seed is None), (dy2, seed, dpos), scalars, constants)
+    return dpos
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        ids: Tensor,
+        weight: Tensor,
+        position_weight: Tensor | None,
+        positions: Tensor | None,
+        offset: int,
+        p: float,
+        seed: Tensor | None,
+        stream: int,
+    ) -> Tensor:
+        ctx.save_for_backward(ids, positions, seed)
+        ctx.sizes = (weight.shape[0], 0 if position_weight is None else position_weight.shape[0])
+        ctx.offset, ctx.p, ctx.stream = offset, p, stream
+        return _embedding(ids, weight, position_weight, positions, offset, p, seed, stream)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        ids, positions, seed = ctx.saved_tensors
+        V, S = ctx.sizes
+        mask = (ctx.p, seed, ctx.stream)
+        dw = dpos = None
+        if ctx.needs_input_grad[1]:
+            dw = _embedding_backward(dy, ids, V, *mask)
+        if ctx.needs_input_grad[2] and positions is None:
+            dpos = _positions_backward(dy, S, ctx.offset, *mask)
+        elif ctx.needs_input_grad[2]:
+            dpos = _embedding_backward(dy, positions.expand(dy.shape[:-1]), S, *mask)
+        return None, dw, dpos, None, None, None, None, None
 
 
 def embedding(
-    ids: Tensor, weight: Tensor, position_weight: Tensor | None = None, positions: Tensor | None = None
+    ids: Tensor,
+    weight: Tensor,
+    position_weight: Tensor | None = None,
+    positions: Tensor | int = 0,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    *,
+    seed: Tensor | None = None,
+    stream: int = 0,
 ) -> Tensor:
-    """Rows of `weight`, plus rows of `position_weight` where one is given.
+    """Rows of `weight`, plus rows of `position_weight` where one is given, with dropout.
 
-    ids: (B, T) int64 in [0, V). weight: (V, C). position_weight: (S, C). positions: (T,) or (B, T) int64 in [0, S).
-    Returns (B, T, C) in weight's dtype. Raises ValueError for an id or position out of range (on the CPU, where
-    looking costs nothing), and where only one of position_weight and positions is given.
+    ids: (B, T) int64 in [0, V). weight: (V, C). position_weight: (S, C), of weight's dtype. positions: (T,) or (B, T)
+    int64 in [0, S), or the position of the first token, from which on the others count. dropout_p, training, seed,
+    stream: as for `dropout`. Returns (B, T, C) in weight's dtype.
+
+    Raises ValueError for shapes that do not fit and for ids or positions out of range: on a CPU at once; on a GPU their
+    rows are NaN and a later call raises (`raise_index_errors`), for looking at once would wait for the device.
     """
-    if (position_weight is None) != (positions is None):
-        raise ValueError("position_weight and positions go together; got only one of them")
-    _check_range("token ids", ids, weight.shape[0])
-    if position_weight is not None and positions is not None:
-        _check_range("positions", positions, position_weight.shape[0])
-    torch_only("embedding")
-    return embedding_ref(ids, weight, position_weight, positions)
+    if ids.ndim != 2 or weight.ndim != 2:
+        raise ValueError(f"ids have shape {tuple(ids.shape)}, weight {tuple(weight.shape)}; expected (B, T) and (V, C)")
+    check_indices("token ids", ids, weight.shape[0])
+    if position_weight is not None:
+        _check_positions(ids, weight, position_weight, positions)
+    seed = dropout_seed(seed, dropout_p, training, weight.device)
+    if not use_triton(weight):
+        return embedding_ref(ids, weight, position_weight, positions, dropout_p, seed, stream)
+    offset, given = (positions, None) if isinstance(positions, int) else (0, positions)
+    arguments = (ids, weight, position_weight, given, offset, dropout_p, seed, stream)
+    tables = (weight, position_weight)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tables):
+        return _Embedding.apply(*arguments)
+    return _embedding(*arguments)
+
+
+def _check_positions(ids: Tensor, weight: Tensor, position_weight: Tensor, positions: Tensor | int) -> None:
+    (S, C), T = position_weight.shape, ids.shape[1]
+    if weight.shape[1] != C or position_weight.dtype != weight.dtype:
+        raise ValueError(
+            f"position_weight is {tuple(position_weight.shape)} {position_weight.dtype}; expected rows of "
+            f"{weight.shape[1]} {weight.dtype}"
+        )
+    if isinstance(positions, int):
+        if not 0 <= positions <= S - T:
+            raise ValueError(f"{T} positions from {positions} on do not fit the {S} of position_weight")
+    elif positions.shape not in (ids.shape, ids.shape[1:]):
+        raise ValueError(f"positions have shape {tuple(positions.shape)}; expected {(T,)} or {tuple(ids.shape)}")
+    else:
+        check_indices("positions", positions, S)

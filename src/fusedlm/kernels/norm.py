@@ -4,9 +4,9 @@
     RMSNorm    y = x * rstd * w,                  rstd = 1 / sqrt(mean(x^2) + eps)
 Backward, xh the normalised x and g = dy * w:
     dx = rstd * (g - mean(g) - xh * mean(g * xh))   (RMSNorm: without mean(g)),  dw = sum(dy * xh),  db = sum(dy)
-Behind a sum, x = a + r: both x and y are given, and the gradient of x joins dx.
+Behind a sum, x = drop(a) + r: both x and y are given, and the gradient of x joins dx.
 Numerics: loads are widened to fp32, every sum is fp32, one rounding at each store (where x is stored, y is that of the
-rounded x). Traffic: forward 2*M*N elements, backward 3*M*N; behind a sum 4*M*N and 4*M*N.
+rounded x). Traffic: forward 2*M*N elements, backward 3*M*N; behind a sum 4*M*N and 4*M*N, with dropout 4*M*N and 5*M*N.
 """
 
 import functools
@@ -19,6 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from fusedlm.kernels._backend import use_triton
 from fusedlm.kernels._launch import launch, num_programs, rows
+from fusedlm.kernels._operator import operator
+from fusedlm.kernels._philox import drop_threshold, dropout_seed, keep_mask, keep_mask_ref
 from fusedlm.kernels._triton import tl, triton
 
 MAX_N = 65536  # a row is one program's
@@ -33,19 +35,42 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
+def _sum_ref(x: Tensor, residual: Tensor, p: float, seed: Tensor | None, stream: int) -> Tensor:
+    if seed is not None:
+        threshold, scale = drop_threshold(p)
+        keep = keep_mask_ref(seed, stream, x[..., 0].numel(), x.shape[-1], threshold).view(x.shape)
+        x = torch.where(keep, x * scale, 0.0)
+    return x + residual
+
+
 def add_layer_norm_ref(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    total = x + residual
+    total = _sum_ref(x, residual, dropout_p, seed, stream)
     return layer_norm_ref(total, weight, bias, eps), total
 
 
-def add_rms_norm_ref(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    total = x + residual
+def add_rms_norm_ref(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float = 1e-6,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> tuple[Tensor, Tensor]:
+    total = _sum_ref(x, residual, dropout_p, seed, stream)
     return rms_norm_ref(total, weight, eps), total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stream", "threshold"])
 def _fwd_kernel(
     x_ptr,
     r_ptr,
@@ -55,10 +80,13 @@ def _fwd_kernel(
     sum_ptr,
     mean_ptr,
     rstd_ptr,
+    seed_ptr,
     x_stride,
     r_stride,
-    M,
     eps,
+    stream,
+    threshold,
+    scale,
     N: tl.constexpr,
     HAS_MEAN: tl.constexpr,
     HAS_SUM: tl.constexpr,
@@ -69,6 +97,9 @@ def _fwd_kernel(
     mask = cols < N
     x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0)
     if HAS_SUM:
+        if seed_ptr is not None:
+            keep = keep_mask(tl.load(seed_ptr), stream, row, 0, threshold, BLOCK_N)
+            x = tl.where(keep, x.to(tl.float32) * scale, 0.0)
         r = tl.load(r_ptr + row * r_stride + cols, mask=mask, other=0.0)
         x = (x.to(tl.float32) + r.to(tl.float32)).to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + row * N + cols, x, mask=mask)
@@ -88,7 +119,7 @@ def _fwd_kernel(
     tl.store(y_ptr + row * N + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stream", "threshold"])
 def _bwd_kernel(
     dy_ptr,
     ds_ptr,
@@ -97,12 +128,17 @@ def _bwd_kernel(
     mean_ptr,
     rstd_ptr,
     dx_ptr,
+    dropped_ptr,
     dw_ptr,
     db_ptr,
+    seed_ptr,
     dy_stride,
     ds_stride,
     x_stride,
     M,
+    stream,
+    threshold,
+    scale,
     N: tl.constexpr,
     HAS_MEAN: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -130,6 +166,10 @@ def _bwd_kernel(
         if ds_ptr is not None:
             dx += tl.load(ds_ptr + row * ds_stride + cols, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + row * N + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if seed_ptr is not None:
+            keep = keep_mask(tl.load(seed_ptr), stream, row, 0, threshold, BLOCK_N)
+            dropped = tl.where(keep, dx * scale, 0.0)
+            tl.store(dropped_ptr + row * N + cols, dropped.to(dropped_ptr.dtype.element_ty), mask=mask)
         dw += dy * xh
         if db_ptr is not None:
             db += dy
@@ -157,14 +197,14 @@ def _sum_rows_kernel(p_ptr, out_ptr, P, N: tl.constexpr, BLOCK_P: tl.constexpr, 
 
 @functools.cache
 def _fwd_config(N: int, has_mean: bool, has_sum: bool) -> dict[str, Any]:
-    block = triton.next_power_of_2(N)
+    block = max(triton.next_power_of_2(N), 8)
     warps = min(max(block // 512, 1), 32)
     return {"N": N, "HAS_MEAN": has_mean, "HAS_SUM": has_sum, "BLOCK_N": block, "num_warps": warps}
 
 
 @functools.cache
 def _bwd_config(N: int, has_mean: bool) -> dict[str, Any]:
-    block = triton.next_power_of_2(N)
+    block = max(triton.next_power_of_2(N), 8)
     warps = min(max(block // 512, 1), 16 if block <= 8192 else 32)
     return {"N": N, "HAS_MEAN": has_mean, "BLOCK_N": block, "num_warps": warps}
 
@@ -182,130 +222,141 @@ def _sum_config(P: int) -> dict[str, int]:
 
 
 def _forward(
-    x: Tensor, r: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, *, mean: bool, stats: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(y, the normalised input, mean, rstd): the input is x, or x + r where r is given; stats None unless asked for."""
+    x: Tensor,
+    r: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    mean: bool,
+    stats: bool,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(y, drop(x) + r where r is given, statistics where asked for: (1, M) rstd or (2, M) rstd and mean)."""
     x2 = rows(x)
     M, N = x2.shape
     r2 = rows(r) if r is not None else None
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    total = torch.empty((M, N), dtype=x.dtype, device=x.device) if r2 is not None else None
-    means = torch.empty(M, dtype=torch.float32, device=x.device) if mean and stats else None
-    rstd = torch.empty(M, dtype=torch.float32, device=x.device) if stats else None
+    total = torch.empty_like(y) if r2 is not None else None
+    both = torch.empty((2 if mean else 1, M), dtype=torch.float32, device=x.device) if stats else None
+    rstd, means = (None, None) if both is None else (both[0], both[1] if mean else None)
     if M:
-        key = (x.dtype, weight.dtype, None if bias is None else bias.dtype, stats)
-        scalars = (x2.stride(0), 0 if r2 is None else r2.stride(0), M, eps)
-        tensors = (x2, r2, weight, bias, y, total, means, rstd)
+        key = (x.dtype, weight.dtype, None if bias is None else bias.dtype, stats, seed is None)
+        scalars = (x2.stride(0), 0 if r2 is None else r2.stride(0), eps, stream, *drop_threshold(p))
+        tensors = (x2, r2, weight, bias, y, total, means, rstd, seed)
         launch(_fwd_kernel, (M, 1, 1), key, tensors, scalars, _fwd_config(N, mean, r2 is not None))
-    return y, x2 if total is None else total, means, rstd
+    return y, total, both
 
 
-def _backward(
-    dy: Tensor, ds: Tensor | None, x2: Tensor, weight: Tensor, means: Tensor | None, rstd: Tensor, *, bias: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(dx, dweight, dbias) of a norm of x2, (M, N); ds is the gradient of x2 itself where it was given out too."""
+def _fake_statistics(x: Tensor, mean: bool) -> Tensor:
+    M = x.numel() // max(x.shape[-1], 1)
+    return x.new_empty((2 if mean else 1, M), dtype=torch.float32)
+
+
+@operator(fake=lambda x, w, b, eps, mean: (x.new_empty(x.shape), _fake_statistics(x, mean)))
+def _norm_forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, mean: bool) -> tuple[Tensor, Tensor]:
+    """(y, statistics)."""
+    y, _, stats = _forward(x, None, weight, bias, eps, mean=mean, stats=True)
+    assert stats is not None
+    return y, stats
+
+
+@operator(
+    fake=lambda x, r, w, b, eps, mean, *_: (x.new_empty(x.shape), x.new_empty(x.shape), _fake_statistics(x, mean))
+)
+def _add_norm_forward(
+    x: Tensor,
+    r: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    mean: bool,
+    p: float,
+    seed: Tensor | None,
+    stream: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, drop(x) + r, statistics)."""
+    y, total, stats = _forward(x, r, weight, bias, eps, mean=mean, stats=True, p=p, seed=seed, stream=stream)
+    assert total is not None
+    assert stats is not None
+    return y, total, stats
+
+
+def _fake_gradients(dy: Tensor, ds: Any, x: Tensor, weight: Tensor, stats: Any, bias: bool, p: Any, seed: Any, _: Any):
+    dropped = [x.new_empty(x.shape)] if seed is not None else []
+    return [x.new_empty(x.shape), *dropped, weight.new_empty((2 if bias else 1, *weight.shape))]
+
+
+@operator(fake=_fake_gradients)
+def _norm_backward(
+    dy: Tensor,
+    ds: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    stats: Tensor,
+    bias: bool,
+    p: float,
+    seed: Tensor | None,
+    stream: int,
+) -> list[Tensor]:
+    """[dx, drop(dx) where there is a seed, (1, N) dweight or (2, N) dweight and dbias] of a norm of x.
+
+    ds is the gradient of x itself where it was given out too.
+    """
+    x2, dy2, ds2 = rows(x), rows(dy), rows(ds) if ds is not None else None
     M, N = x2.shape
-    dy2, ds2 = rows(dy), rows(ds) if ds is not None else None
     programs = _bwd_programs(M, N, x2.device)
-    dx = torch.empty((M, N), dtype=x2.dtype, device=x2.device)
-    partial = torch.empty((2 if bias else 1, programs, N), dtype=torch.float32, device=x2.device)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dropped = torch.empty_like(dx) if seed is not None else None
+    partial = torch.empty((2 if bias else 1, programs, N), dtype=torch.float32, device=x.device)
     sums = torch.zeros if not M else torch.empty
-    dweight = sums((partial.shape[0], N), dtype=weight.dtype, device=x2.device)
+    dweight = sums((partial.shape[0], N), dtype=weight.dtype, device=x.device)
     if M:
-        key = (x2.dtype, dy.dtype, weight.dtype, ds2 is None, bias)
+        rstd, means = stats[0], stats[1] if stats.shape[0] == 2 else None
+        key = (x.dtype, dy.dtype, weight.dtype, ds2 is None, bias, seed is None)
         strides = (dy2.stride(0), 0 if ds2 is None else ds2.stride(0), x2.stride(0))
-        tensors = (dy2, ds2, x2, weight, means, rstd, dx, partial[0], partial[1] if bias else None)
-        launch(_bwd_kernel, (programs, 1, 1), key, tensors, (*strides, M), _bwd_config(N, means is not None))
+        tensors = (dy2, ds2, x2, weight, means, rstd, dx, dropped, partial[0], partial[1] if bias else None, seed)
+        scalars = (*strides, M, stream, *drop_threshold(p))
+        launch(_bwd_kernel, (programs, 1, 1), key, tensors, scalars, _bwd_config(N, means is not None))
         config = {"N": N, **_sum_config(programs)}
         grid = (triton.cdiv(N, config["BLOCK_N"]), partial.shape[0], 1)
         launch(_sum_rows_kernel, grid, weight.dtype, (partial, dweight), (programs,), config)
-    return dx.view(dy.shape), dweight[0], dweight[1] if bias else None
+    return [dx, dweight] if dropped is None else [dx, dropped, dweight]
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, mean: bool) -> Tensor:
-        weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-        y, x2, means, rstd = _forward(x, None, weight, bias, eps, mean=mean, stats=True)
-        ctx.save_for_backward(x2, weight, means, rstd)
+        y, stats = _norm_forward(x, weight, bias, eps, mean)
+        ctx.save_for_backward(x, weight, stats)
         ctx.has_bias = bias is not None
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x2, weight, means, rstd = ctx.saved_tensors
-        return *_backward(dy, None, x2, weight, means, rstd, bias=ctx.has_bias), None, None
+        dx, dw = _norm_backward(dy, None, *ctx.saved_tensors, ctx.has_bias, 0.0, None, 0)
+        return dx, dw[0], dw[1] if ctx.has_bias else None, None, None
 
 
 class _AddNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, r: Tensor, weight: Tensor, bias: Tensor | None, eps: float, mean: bool) -> Any:
-        weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-        y, total, means, rstd = _forward(x, r, weight, bias, eps, mean=mean, stats=True)
-        ctx.save_for_backward(total, weight, means, rstd)
+    def forward(ctx: Any, x: Tensor, r: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Any:
+        y, total, stats = _add_norm_forward(x, r, weight, bias, *options)
+        _, _, ctx.p, seed, ctx.stream = options
+        ctx.save_for_backward(total, weight, stats, seed)
         ctx.has_bias = bias is not None
-        return y, total.view(x.shape)
+        return y, total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, ds: Tensor) -> Any:
-        total, weight, means, rstd = ctx.saved_tensors
-        dx, dw, db = _backward(dy, ds, total, weight, means, rstd, bias=ctx.has_bias)
-        return dx, dx, dw, db, None, None
-
-
-# Under torch.compile the norm is one opaque operator with a backward of its own: no graph breaks, and the compiler need
-# not find out by itself what a Triton kernel writes.
-@torch.library.custom_op("fusedlm::norm", mutates_args=())
-def _norm_op(
-    x: Tensor, r: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, mean: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, x + r, mean, rstd; x + r and mean are empty where there is no r and no mean."""
-    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    y, total, means, rstd = _forward(x, r, weight, bias, eps, mean=mean, stats=True)
-    assert rstd is not None
-    return y, x.new_empty(0) if r is None else total.view(x.shape), rstd.new_empty(0) if means is None else means, rstd
-
-
-@_norm_op.register_fake
-def _(x: Tensor, r: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, mean: bool) -> Any:
-    M = x.numel() // max(x.shape[-1], 1)
-    stats = x.new_empty(M, dtype=torch.float32)
-    total = x.new_empty(0) if r is None else x.new_empty(x.shape)
-    return x.new_empty(x.shape), total, torch.empty_like(stats) if mean else stats.new_empty(0), stats
-
-
-@torch.library.custom_op("fusedlm::norm_backward", mutates_args=())
-def _norm_backward_op(
-    dy: Tensor, ds: Tensor | None, x: Tensor, weight: Tensor, means: Tensor, rstd: Tensor, has_bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dweight, dbias; dbias is empty where there is no bias."""
-    mean = means if means.numel() else None
-    dx, dw, db = _backward(dy, ds, rows(x), weight.contiguous(), mean, rstd, bias=has_bias)
-    return dx, dw.clone(), weight.new_empty(0) if db is None else db.clone()
-
-
-@_norm_backward_op.register_fake
-def _(dy: Tensor, ds: Tensor | None, x: Tensor, weight: Tensor, means: Any, rstd: Any, has_bias: bool) -> Any:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape if has_bias else 0)
-
-
-def _norm_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    x, r, weight, bias, _, _ = inputs
-    _, total, means, rstd = output
-    ctx.save_for_backward(x if r is None else total, weight, means, rstd)
-    ctx.has_residual, ctx.has_bias = r is not None, bias is not None
-
-
-def _norm_backward(ctx: Any, dy: Tensor, ds: Tensor, *_: Any) -> Any:
-    x, weight, means, rstd = ctx.saved_tensors
-    ds_or_none = ds if ctx.has_residual else None
-    dx, dw, db = torch.ops.fusedlm.norm_backward(dy, ds_or_none, x, weight, means, rstd, ctx.has_bias)
-    return dx, dx.clone() if ctx.has_residual else None, dw, db if ctx.has_bias else None, None, None
-
-
-_norm_op.register_autograd(_norm_backward, setup_context=_norm_setup)
+        total, weight, stats, seed = ctx.saved_tensors
+        dr, *dropped, dw = _norm_backward(dy, ds, total, weight, stats, ctx.has_bias, ctx.p, seed, ctx.stream)
+        dx = dropped[0] if dropped else dr
+        return dx, dr, dw[0], dw[1] if ctx.has_bias else None, None, None, None, None, None
 
 
 def _check(x: Tensor, r: Tensor | None, weight: Tensor, bias: Tensor | None) -> None:
@@ -321,22 +372,34 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, mean: bool) -> Tensor:
-    if torch.compiler.is_compiling():
-        return torch.ops.fusedlm.norm(x, None, weight, bias, eps, mean)[0]
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     if _needs_grad(x, weight, bias):
         return _Norm.apply(x, weight, bias, eps, mean)
+    if torch.compiler.is_compiling():
+        return _norm_forward(x, weight, bias, eps, mean)[0]
     return _forward(x, None, weight, bias, eps, mean=mean, stats=False)[0]
 
 
 def _add_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, mean: bool
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    p: float,
+    seed: Tensor | None,
+    stream: int,
+    *,
+    mean: bool,
 ) -> tuple[Tensor, Tensor]:
-    if torch.compiler.is_compiling():
-        return torch.ops.fusedlm.norm(x, residual, weight, bias, eps, mean)[:2]
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     if _needs_grad(x, residual, weight, bias):
-        return _AddNorm.apply(x, residual, weight, bias, eps, mean)
-    y, total, _, _ = _forward(x, residual, weight, bias, eps, mean=mean, stats=False)
-    return y, total.view(x.shape)
+        return _AddNorm.apply(x, residual, weight, bias, eps, mean, p, seed, stream)
+    if torch.compiler.is_compiling():
+        return _add_norm_forward(x, residual, weight, bias, eps, mean, p, seed, stream)[:2]
+    y, total, _ = _forward(x, residual, weight, bias, eps, mean=mean, stats=False, p=p, seed=seed, stream=stream)
+    assert total is not None
+    return y, total
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -362,24 +425,43 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    *,
+    seed: Tensor | None = None,
+    stream: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """(layer_norm(x + residual), x + residual) in one pass. residual: of x's shape and dtype, any strides.
+    """(layer_norm(s), s) in one pass, s = dropout(x) + residual.
 
+    residual: of x's shape and dtype, any strides. dropout_p, training, seed, stream: as for `dropout`.
     Raises ValueError where the shapes do not fit.
     """
     _check(x, residual, weight, bias)
+    seed = dropout_seed(seed, dropout_p, training, x.device)
     if not use_triton(x) or x.shape[-1] > MAX_N:
-        return add_layer_norm_ref(x, residual, weight, bias, eps)
-    return _add_norm(x, residual, weight, bias, eps, mean=True)
+        return add_layer_norm_ref(x, residual, weight, bias, eps, dropout_p, seed, stream)
+    return _add_norm(x, residual, weight, bias, eps, dropout_p, seed, stream, mean=True)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """(rms_norm(x + residual), x + residual) in one pass. residual: of x's shape and dtype, any strides.
-
-    Raises ValueError where the shapes do not fit.
-    """
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float = 1e-6,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    *,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """(rms_norm(s), s) in one pass, s = dropout(x) + residual. As add_layer_norm, without a bias."""
     _check(x, residual, weight, None)
+    seed = dropout_seed(seed, dropout_p, training, x.device)
     if not use_triton(x) or x.shape[-1] > MAX_N:
-        return add_rms_norm_ref(x, residual, weight, eps)
-    return _add_norm(x, residual, weight, None, eps, mean=False)
+        return add_rms_norm_ref(x, residual, weight, eps, dropout_p, seed, stream)
+    return _add_norm(x, residual, weight, None, eps, dropout_p, seed, stream, mean=False)

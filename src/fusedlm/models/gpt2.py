@@ -1,6 +1,5 @@
 """GPT-2 (Radford et al. 2019): pre-norm blocks, learned positions, biases everywhere, tanh-GELU."""
 
-import torch
 from torch import Tensor, nn
 
 from fusedlm.kernels import gelu
@@ -44,7 +43,7 @@ class GPT2(DecoderModel):
     def hidden_states(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         T = ids.shape[1]
         check_length(self.config, T)
-        positions = torch.arange(T, device=ids.device) if cache is None else cache.positions(T)
+        positions = 0 if cache is None else cache.positions(T)
         x = self.embedding(ids, self.positions.weight, positions)  # (B, T, C)
         for block in self.blocks:
             x = block(x, cache)

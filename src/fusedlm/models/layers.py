@@ -40,7 +40,7 @@ class Embedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(V, C))
 
-    def forward(self, ids: Tensor, position_weight: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, position_weight: Tensor | None = None, positions: Tensor | int = 0) -> Tensor:
         return embedding(ids, self.weight, position_weight, positions)
 
 

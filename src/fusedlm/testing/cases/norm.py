@@ -3,6 +3,7 @@
 import torch
 
 from fusedlm.kernels import norm
+from fusedlm.testing.cases.dropout import seed_input
 from fusedlm.testing.contract import WIDTHS, Inputs, OpCase, Shape, randn
 
 
@@ -14,6 +15,8 @@ def _norm_inputs(shape: Shape, g: torch.Generator | None, *, residual: bool, bia
     inputs["weight"] = 1 + 0.5 * randn(g, N)
     if bias:
         inputs["bias"] = randn(g, N)
+    if shape.get("p"):
+        inputs |= {"dropout_p": shape["p"], "seed": seed_input(g), "stream": 5}
     return inputs
 
 
@@ -27,10 +30,10 @@ def _norm_case(name: str, *, residual: bool, bias: bool) -> OpCase:
         op=getattr(norm, name),
         reference=getattr(norm, f"{name}_ref"),
         inputs=lambda shape, g: _norm_inputs(shape, g, residual=residual, bias=bias),
-        shapes=_NORM_SHAPES,
+        shapes=_NORM_SHAPES + (({"M": 7, "N": 123, "p": 0.3}, {"M": 4, "N": 5, "p": 0.5}) if residual else ()),
         gradients=("x", *(["residual"] if residual else []), "weight", *(["bias"] if bias else [])),
-        traffic=lambda s: (passes[0] * s["M"] * s["N"], passes[1] * s["M"] * s["N"]),
-        bench=WIDTHS,
+        traffic=lambda s: (passes[0] * s["M"] * s["N"], (passes[1] + bool(s.get("p"))) * s["M"] * s["N"]),
+        bench=WIDTHS + (tuple({**s, "p": 0.1} for s in WIDTHS[::2]) if residual else ()),
         empty={"M": 0, "N": 16},
     )
 
