@@ -4,7 +4,8 @@
 
 Ops run on the device "meta" at the shapes of their case and record their launches; each is compiled for sm_80, 89,
 90, 100 and 120 by the real compiler (so not under TRITON_INTERPRET=1), and cuobjdump reads registers, stack and shared
-memory. A stack means spilled registers, for no kernel here has local arrays: it fails, as does too much shared memory.
+memory. A stack means spilled registers, for no kernel here has local arrays: more than four fail (only sm_120 has any),
+as does too much shared memory.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from fusedlm.testing.contract import OpCase, Shape
 
 # Shared memory a program may take, in bytes.
 SHARED_LIMITS = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+SPILL_LIMIT = 16  # bytes a thread
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 _TYPES = {
     torch.float32: "fp32",
@@ -57,7 +59,7 @@ class Resources:
 
     @property
     def fits(self) -> bool:
-        return self.stack == 0 and self.shared <= SHARED_LIMITS[self.capability]
+        return self.stack <= SPILL_LIMIT and self.shared <= SHARED_LIMITS[self.capability]
 
 
 def _launches(case: OpCase, shape: Shape, dtype: torch.dtype) -> list[Launch]:
@@ -137,9 +139,9 @@ def main() -> None:
     if options.json:
         print(json.dumps([asdict(r) for r in found]))
     else:
-        for r in bad:
+        for r in (r for r in found if r.stack or not r.fits):
             print(f"{r.op} {r.kernel} sm_{r.capability} {r.constants}: stack {r.stack} B, shared {r.shared} B")
-        print(f"Triton {triton.__version__}: {len(found)} kernels compiled, {len(bad)} spill or do not fit")
+        print(f"Triton {triton.__version__}: {len(found)} kernels compiled, {len(bad)} spill too much or do not fit")
     sys.exit(bool(bad))
 
 

@@ -56,7 +56,7 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.gradients])
 def test_operators_are_what_the_compiler_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shapes, strides and aliasing of every operator, for what the op calls it with."""
     case = CASES[name]
@@ -72,6 +72,6 @@ def test_operators_are_what_the_compiler_is_told(name: str, monkeypatch: pytest.
         if outputs:
             torch.autograd.backward(outputs, [torch.randn_like(o) for o in outputs])
     monkeypatch.undo()
-    assert recorder.calls or not case.gradients
+    assert recorder.calls
     for op, arguments in recorder.calls.items():
         torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -2,6 +2,7 @@
 
 from fusedlm.kernels._backend import backend
 from fusedlm.kernels._index_errors import raise_index_errors
+from fusedlm.kernels.adamw import AdamW, Workspace, adamw, global_norm
 from fusedlm.kernels.attention import attention
 from fusedlm.kernels.cross_entropy import cross_entropy
 from fusedlm.kernels.dropout import dropout
@@ -16,7 +17,10 @@ from fusedlm.kernels.softmax import softmax
 from fusedlm.kernels.swiglu import swiglu
 
 __all__ = [
+    "AdamW",
     "RopeScaling",
+    "Workspace",
+    "adamw",
     "add_layer_norm",
     "add_rms_norm",
     "attention",
@@ -25,6 +29,7 @@ __all__ = [
     "dropout",
     "embedding",
     "gelu",
+    "global_norm",
     "layer_norm",
     "linear",
     "linear_cross_entropy",

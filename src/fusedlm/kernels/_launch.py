@@ -116,8 +116,8 @@ def lines(*tensors: Tensor) -> Any:
 
 @functools.cache
 def elementwise_config(M: int, N: int) -> tuple[dict[str, int], tuple[int, int, int]]:
-    """Constants and grid of kernels that go element by element: 16 a thread, one dimension of blocks row by row."""
-    block = 64 if interpreting() else 2048
+    """Constants and grid of kernels that go element by element: 8 a thread, one dimension of blocks row by row."""
+    block = 64 if interpreting() else 1024
     return {"BLOCK_N": block, "num_warps": 4}, (M * triton.cdiv(N, block), 1, 1)
 
 

@@ -1,8 +1,8 @@
 """Cross-entropy of a linear layer's output, x @ w^T, whose logits are never all in memory.
 
 The equations are cross_entropy's. Rows are taken in chunks: a product gives a chunk's logits, one kernel turns them
-into losses and, in place, into their own gradient for a loss gradient of 1, and two products turn that into the chunk's
-dx and its share of dw, which is summed in fp32. So forward does backward's work, and backward multiplies by dloss.
+into losses and, in place, into the gradient of their sum, and two products turn that into the chunk's dx and its share
+of dw, which is summed in fp32. So forward does backward's work, and backward multiplies by dloss (over the count).
 Logits are rounded to x's dtype, as a linear layer's are. Work: 6*M*V*C operations in three products, which are the
 vendor library's; memory beside inputs and gradients: a chunk of logits, and dw in fp32.
 """
@@ -16,15 +16,16 @@ from torch.autograd.function import once_differentiable
 
 from fusedlm.kernels._backend import interpreting, use_triton
 from fusedlm.kernels._index_errors import flag_index, index_flag, raise_index_errors
-from fusedlm.kernels._launch import launch
+from fusedlm.kernels._launch import launch, num_programs
 from fusedlm.kernels._operator import operator
 from fusedlm.kernels._triton import tl, triton
 from fusedlm.kernels.cross_entropy import (
     Reduction,
     check_loss,
     cross_entropy_ref,
+    gradient_factors,
+    probabilities,
     reduce_losses,
-    row_gradient,
     row_loss,
     row_statistics,
     statistics_config,
@@ -44,21 +45,12 @@ def linear_cross_entropy_ref(
 
 
 @triton.jit
-def _count_kernel(t_ptr, count_ptr, M, ignore, BLOCK_M: tl.constexpr):
-    at = tl.arange(0, BLOCK_M)
-    count = tl.zeros((BLOCK_M,), tl.float32)
-    for start in range(0, M, BLOCK_M):
-        count += (tl.load(t_ptr + start + at, mask=start + at < M, other=ignore) != ignore).to(tl.float32)
-    tl.store(count_ptr, tl.sum(count, 0))
-
-
-@triton.jit
 def _loss_kernel(
     x_ptr,
     t_ptr,
     loss_ptr,
-    count_ptr,
     flag_ptr,
+    M,
     V,
     ignore,
     smoothing,
@@ -68,29 +60,47 @@ def _loss_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """A row's loss; its logits become their own gradient. The second reading finds the row in the L2 cache."""
-    row = tl.cast(tl.program_id(0), tl.int64)
-    t = tl.load(t_ptr + row)
-    x_ptr += row * V
-    lse, plain = row_statistics(x_ptr, V, SUM, BLOCK_K, BLOCK_V)
-    valid = t != ignore
-    flag_index(flag_ptr, valid & ((t < 0) | (t >= V)), t, V)
-    tl.store(loss_ptr + row, row_loss(x_ptr, t, lse, plain, valid, V, smoothing, z))
-    if GRADIENT:
-        g = tl.where((t >= 0) & (t < V), 1.0, float("nan"))
-        if count_ptr is not None:
-            g /= tl.load(count_ptr)
-        for start in range(0, V, BLOCK_K * BLOCK_V):
-            cols = start + tl.arange(0, BLOCK_K * BLOCK_V)
-            mask = cols < V
-            x = tl.load(x_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-            dx = tl.where(valid, row_gradient(x, cols, t, lse, g, V, smoothing, z), 0.0)
-            tl.store(x_ptr + cols, dx.to(x_ptr.dtype.element_ty), mask=mask)
+    """Losses of rows; their logits become their own gradient. The second reading of a row finds it in the L2 cache,
+    which is why only so many programs run at once."""
+    for i in range(tl.program_id(0), M, tl.num_programs(0)):
+        row = tl.cast(i, tl.int64)
+        t = tl.load(t_ptr + row)
+        row_ptr = x_ptr + row * V
+        lse, plain = row_statistics(row_ptr, V, SUM, BLOCK_K, BLOCK_V)
+        valid = t != ignore
+        inside = (t >= 0) & (t < V)
+        flag_index(flag_ptr, valid & (inside == 0), t, V)
+        tl.store(loss_ptr + row, row_loss(row_ptr, t, lse, plain, valid, V, smoothing, z))
+        if GRADIENT:
+            g = tl.where(valid, tl.where(inside, 1.0, float("nan")), 0.0)
+            a, b, c = gradient_factors(t, lse, g, V, smoothing, z)
+            at_target = a * probabilities(tl.load(row_ptr + tl.where(inside, t, 0)).to(tl.float32), lse) - b - c
+            tl.debug_barrier()  # every thread has read the target's logit before it is overwritten
+            cols = tl.arange(0, BLOCK_K * BLOCK_V)
+            whole = V // (BLOCK_K * BLOCK_V) * (BLOCK_K * BLOCK_V)
+            for start in range(0, whole, BLOCK_K * BLOCK_V):
+                x = tl.load(row_ptr + start + cols).to(tl.float32)
+                dx = a * probabilities(x, lse) - b
+                tl.store(row_ptr + start + cols, dx.to(x_ptr.dtype.element_ty))
+            if whole < V:
+                mask = whole + cols < V
+                x = tl.load(row_ptr + whole + cols, mask=mask, other=0.0).to(tl.float32)
+                dx = a * probabilities(x, lse) - b
+                tl.store(row_ptr + whole + cols, dx.to(x_ptr.dtype.element_ty), mask=mask)
+            tl.debug_barrier()  # the target's own store comes last
+            tl.store(row_ptr + t, at_target.to(x_ptr.dtype.element_ty), mask=valid & inside)
 
 
 def _chunk_rows(V: int, dtype: torch.dtype) -> int:
-    """Rows a chunk: products need 2,048 or more to run at full speed; more only where they take little memory."""
-    return 5 if interpreting() else max(2048, min(2**28 // (V * dtype.itemsize), 8192) // 256 * 256)
+    """Rows a chunk: 4,096 keep the products at full speed; fewer where their logits would take more than 512 MB."""
+    return 5 if interpreting() else max(1024, min(2**29 // (V * dtype.itemsize), 4096) // 1024 * 1024)
+
+
+def _loss_config(device: torch.device) -> tuple[int, dict[str, int]]:
+    """Programs, so that the rows they are at fit the L2 cache, and constants."""
+    if interpreting():
+        return num_programs(device, 1), statistics_config()
+    return num_programs(device, 4), {"BLOCK_K": 2, "BLOCK_V": 2048, "num_warps": 8}
 
 
 def _product_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
@@ -109,8 +119,9 @@ def _product_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
 @operator(
     fake=lambda x, w, target, ignore_index, mean, label_smoothing, z_loss, need_dx, need_dw: (
         x.new_empty((), dtype=torch.float32),
+        x.new_empty((), dtype=torch.float32),
         x.new_empty(x.shape if need_dx else (0,)),
-        w.new_empty(w.shape if need_dw else (0,)),
+        w.new_empty(w.shape if need_dw else (0,), dtype=torch.float32),
     )
 )
 def _linear_cross_entropy(
@@ -123,51 +134,60 @@ def _linear_cross_entropy(
     z_loss: float,
     need_dx: bool,
     need_dw: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, dx, dw), the gradients for a loss gradient of 1, empty where not needed. x: (M, C), w: (V, C)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, rows that count, dx, dw), the gradients of the sum of losses, empty where not needed; dw is fp32.
+
+    Of the sum and not of the mean, so that narrow dtypes keep its digits. x: (M, C), w: (V, C).
+    """
     (M, C), V = x.shape, w.shape[0]
     target = target.contiguous()
     device = x.device
     dx = torch.empty((M, C) if need_dx else (0,), dtype=x.dtype, device=device)
     dw = (torch.empty if M else torch.zeros)((V, C) if need_dw else (0,), dtype=torch.float32, device=device)
     losses = torch.empty(M, dtype=torch.float32, device=device)
-    count = torch.empty((), dtype=torch.float32, device=device)
-    block = 64 if interpreting() else 4096
     raise_index_errors()
-    if mean:
-        launch(_count_kernel, (1, 1, 1), None, (target, count), (M, ignore_index), {"BLOCK_M": block, "num_warps": 8})
-    chunk = min(_chunk_rows(V, x.dtype), M)
-    buffer = torch.empty((chunk, V), dtype=x.dtype, device=device)
-    constants = {"SUM": label_smoothing != 0, "GRADIENT": need_dx or need_dw, **statistics_config()}
-    for start in range(0, M, max(chunk, 1)):
-        end = min(start + chunk, M)
-        part, logits = x[start:end], buffer[: end - start]
+    chunk = _chunk_rows(V, x.dtype)
+    buffer = torch.empty((min(chunk, M), V), dtype=x.dtype, device=device)
+    programs, config = _loss_config(device)
+    constants = {"SUM": label_smoothing != 0, "GRADIENT": need_dx or need_dw, **config}
+    for start in range(0, M, chunk):
+        part = x[start : start + chunk]
+        logits = buffer[: part.shape[0]]
         torch.mm(part, w.t(), out=logits)
-        tensors = (logits, target[start:end], losses[start:end], count if mean else None, index_flag(device))
-        scalars = (V, ignore_index, label_smoothing, z_loss)
-        launch(_loss_kernel, (end - start, 1, 1), (x.dtype, mean), tensors, scalars, constants)
+        tensors = (logits, target[start : start + chunk], losses[start : start + chunk], index_flag(device))
+        scalars = (part.shape[0], V, ignore_index, label_smoothing, z_loss)
+        launch(_loss_kernel, (min(programs, part.shape[0]), 1, 1), x.dtype, tensors, scalars, constants)
         if need_dx:
-            torch.mm(logits, w, out=dx[start:end])
+            torch.mm(logits, w, out=dx[start : start + chunk])
         if need_dw:
             _product_into(dw, logits.t(), part, add=start > 0)
-    loss, _ = reduce_losses(losses, target, ignore_index, mean=mean)
-    return loss, dx, dw.to(w.dtype)
+    loss, count = reduce_losses(losses, target, ignore_index, mean=mean)
+    return loss, count, dx, dw
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, target: Tensor, *options: Any) -> Tensor:
         need = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-        loss, dx, dw = _linear_cross_entropy(x, w, target, *options, *need)
-        ctx.save_for_backward(dx, dw)
+        loss, count, dx, dw = _linear_cross_entropy(x, w, target, *options, *need)
+        ctx.save_for_backward(dx, dw, count)
+        ctx.mean = options[1]
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> Any:
-        dx, dw = ctx.saved_tensors
-        gradients = [g * dloss if needed else None for g, needed in zip((dx, dw), ctx.needs_input_grad, strict=False)]
-        return *gradients, None, None, None, None, None
+        dx, dw, count = ctx.saved_tensors
+        scale = dloss / count.clamp(min=1) if ctx.mean else dloss
+        need_dx, need_dw, *_ = ctx.needs_input_grad
+        gradient = dx * scale if need_dx else None
+        return gradient, _narrow(dw, scale, dx.dtype) if need_dw else None, None, None, None, None, None
+
+
+@operator(fake=lambda t, factor, dtype: t.new_empty(t.shape, dtype=dtype))
+def _narrow(t: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """t * factor, rounded once to dtype, in one pass."""
+    return torch.mul(t, factor, out=torch.empty_like(t, dtype=dtype))
 
 
 def linear_cross_entropy(

@@ -146,25 +146,38 @@ def _bwd_kernel(
     pid = tl.program_id(0)
     cols = tl.arange(0, BLOCK_N)
     mask = cols < N
-    w = tl.load(w_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    w = tl.load(w_ptr + cols, mask=mask, other=0.0)
     dw = tl.zeros((BLOCK_N,), tl.float32)
     if db_ptr is not None:
         db = tl.zeros((BLOCK_N,), tl.float32)
-    for i in range(pid, M, tl.num_programs(0)):
-        row = tl.cast(i, tl.int64)
-        dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    # The next row is on its way while this one is worked on: the sums over a row would leave the memory idle.
+    step = tl.num_programs(0)
+    next_row = tl.cast(pid, tl.int64)
+    next_dy = tl.load(dy_ptr + next_row * dy_stride + cols, mask=mask, other=0.0)
+    next_x = tl.load(x_ptr + next_row * x_stride + cols, mask=mask, other=0.0)
+    for i in range(pid, M, step):
+        row = next_row
+        dy = next_dy.to(tl.float32)
+        x = next_x.to(tl.float32)
+        if ds_ptr is not None:
+            ds = tl.load(ds_ptr + row * ds_stride + cols, mask=mask, other=0.0)
+        next_row = tl.cast(i, tl.int64) + step
+        ahead = mask & (next_row < M)
+        next_dy = tl.load(dy_ptr + next_row * dy_stride + cols, mask=ahead, other=0.0)
+        next_x = tl.load(x_ptr + next_row * x_stride + cols, mask=ahead, other=0.0)
         rstd = tl.load(rstd_ptr + row)
         if HAS_MEAN:
-            x = tl.where(mask, x - tl.load(mean_ptr + row), 0.0)
+            x -= tl.load(mean_ptr + row)  # not 0 past the end of a row, where dy is
         xh = x * rstd
-        g = dy * w
-        dx = g - xh * (tl.sum(g * xh, 0) / N)
+        g = dy * w.to(tl.float32)
         if HAS_MEAN:
-            dx -= tl.sum(g, 0) / N
+            of_g, of_gx = tl.split(tl.sum(tl.join(g, g * xh), 0))  # two sums across the program for one's waiting
+            dx = g - xh * (of_gx / N) - of_g / N
+        else:
+            dx = g - xh * (tl.sum(g * xh, 0) / N)
         dx *= rstd
         if ds_ptr is not None:
-            dx += tl.load(ds_ptr + row * ds_stride + cols, mask=mask, other=0.0).to(tl.float32)
+            dx += ds.to(tl.float32)
         tl.store(dx_ptr + row * N + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if seed_ptr is not None:
             keep = keep_mask(tl.load(seed_ptr), stream, row, 0, threshold, BLOCK_N)
@@ -203,16 +216,16 @@ def _fwd_config(N: int, has_mean: bool, has_sum: bool) -> dict[str, Any]:
 
 
 @functools.cache
-def _bwd_config(N: int, has_mean: bool) -> dict[str, Any]:
+def _bwd_config(N: int, has_mean: bool, has_sum: bool) -> tuple[int, dict[str, Any]]:
+    """Programs a multiprocessor, as many as their registers let be resident at once, and the constants.
+
+    Measured, see docs/kernels/norm.md: behind a sum 32 numbers a thread, alone 16, or 8 where a row is short.
+    """
     block = max(triton.next_power_of_2(N), 8)
-    warps = min(max(block // 512, 1), 16 if block <= 8192 else 32)
-    return {"N": N, "HAS_MEAN": has_mean, "BLOCK_N": block, "num_warps": warps}
-
-
-def _bwd_programs(M: int, N: int, device: torch.device) -> int:
-    """As many as are resident at once: more rows of partial sums would cost traffic, fewer leave the memory idle."""
-    per_sm = min(max(8192 // triton.next_power_of_2(N), 1), 8)
-    return min(M, num_programs(device, per_sm))
+    each, warps_per_multiprocessor = (32, 8) if has_sum else (8, 24) if block <= 1024 else (16, 16)
+    warps = min(max(block // (32 * each), 1), 32)
+    programs = min(max(warps_per_multiprocessor // warps, 1), 16)
+    return programs, {"N": N, "HAS_MEAN": has_mean, "BLOCK_N": block, "num_warps": warps}
 
 
 def _sum_config(P: int) -> dict[str, int]:
@@ -307,7 +320,8 @@ def _norm_backward(
     """
     x2, dy2, ds2 = rows(x), rows(dy), rows(ds) if ds is not None else None
     M, N = x2.shape
-    programs = _bwd_programs(M, N, x2.device)
+    resident, constants = _bwd_config(N, stats.shape[0] == 2, ds is not None)
+    programs = min(M, num_programs(x.device, resident))
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dropped = torch.empty_like(dx) if seed is not None else None
     partial = torch.empty((2 if bias else 1, programs, N), dtype=torch.float32, device=x.device)
@@ -319,7 +333,7 @@ def _norm_backward(
         strides = (dy2.stride(0), 0 if ds2 is None else ds2.stride(0), x2.stride(0))
         tensors = (dy2, ds2, x2, weight, means, rstd, dx, dropped, partial[0], partial[1] if bias else None, seed)
         scalars = (*strides, M, stream, *drop_threshold(p))
-        launch(_bwd_kernel, (programs, 1, 1), key, tensors, scalars, _bwd_config(N, means is not None))
+        launch(_bwd_kernel, (programs, 1, 1), key, tensors, scalars, constants)
         config = {"N": N, **_sum_config(programs)}
         grid = (triton.cdiv(N, config["BLOCK_N"]), partial.shape[0], 1)
         launch(_sum_rows_kernel, grid, weight.dtype, (partial, dweight), (programs,), config)

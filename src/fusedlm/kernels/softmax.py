@@ -94,9 +94,9 @@ def _long_bwd_kernel(dy_ptr, y_ptr, dx_ptr, dy_stride, y_stride, N, BLOCK_N: tl.
 def _config(N: int) -> tuple[bool, dict[str, int]]:
     """Whether a row is long, and the constants. 16 numbers a thread."""
     block = triton.next_power_of_2(N)
-    longest, long_block = (128, 64) if interpreting() else (16384, 8192)
+    longest, long_block = (128, 64) if interpreting() else (32768, 16384)
     if block > longest:
-        return True, {"BLOCK_N": long_block, "num_warps": 16}
+        return True, {"BLOCK_N": long_block, "num_warps": 32}
     return False, {"BLOCK_N": block, "num_warps": min(max(block // 512, 1), 32)}
 
 

@@ -98,7 +98,10 @@ def poisoned_memory() -> Iterator[None]:
     def poison(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def make(*args: Any, **kwargs: Any) -> Tensor:
             t = function(*args, **kwargs)
-            return t.fill_(math.nan if t.is_floating_point() else 2**30 if t.dtype in (torch.int32, torch.int64) else 1)
+            with torch.no_grad():  # torch.empty(requires_grad=True)
+                return t.fill_(
+                    math.nan if t.is_floating_point() else 2**30 if t.dtype in (torch.int32, torch.int64) else 1
+                )
 
         return make
 
@@ -158,7 +161,7 @@ def _error(ours: Tensor, yardstick: Tensor, truth: Tensor, case: OpCase) -> str 
         ("largest", float(difference.max()), most * float(allowed.max()) + (0.5 if narrow else 4) * floor),
         ("RMS", _rms(difference), rms * _rms(allowed) + (0.02 if narrow else 0.5) * floor),
     )
-    for what, found, limit in limits:
+    for what, found, limit in limits if finite.sum() >= 32 else limits[:1]:  # the RMS of a few numbers says little
         if not found <= limit:
             return f"{what} error {found:.3g}, above {limit:.3g}"
     return None

@@ -30,7 +30,7 @@ def _norm_case(name: str, *, residual: bool, bias: bool) -> OpCase:
         op=getattr(norm, name),
         reference=getattr(norm, f"{name}_ref"),
         inputs=lambda shape, g: _norm_inputs(shape, g, residual=residual, bias=bias),
-        shapes=_NORM_SHAPES + (({"M": 7, "N": 123, "p": 0.3}, {"M": 4, "N": 5, "p": 0.5}) if residual else ()),
+        shapes=_NORM_SHAPES + (({"M": 7, "N": 123, "p": 0.3}, {"M": 16, "N": 5, "p": 0.5}) if residual else ()),
         gradients=("x", *(["residual"] if residual else []), "weight", *(["bias"] if bias else [])),
         traffic=lambda s: (passes[0] * s["M"] * s["N"], (passes[1] + bool(s.get("p"))) * s["M"] * s["N"]),
         bench=WIDTHS + (tuple({**s, "p": 0.1} for s in WIDTHS[::2]) if residual else ()),
