@@ -1,36 +1,113 @@
-"""`python -m benchmarks report`: write the tables of the docs from the results that are committed."""
+"""`python -m benchmarks report`: write the tables and plots of the docs from the results that are committed."""
 
+import argparse
 import json
 from pathlib import Path
+from typing import Any
 
-from benchmarks.tables import ops_table
+from benchmarks.tables import embedding_table, host_table, ops_table
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def ops_page() -> str:
-    """docs/kernels/results.md."""
-    results = json.loads((RESULTS / "ops.json").read_text(encoding="utf-8"))
-    e = results["environment"]
-    return f"""# Ops beside their peers
+def _machine(about: dict[str, Any]) -> str:
+    return (
+        f"{about['gpu']}, driver {about['driver']}, torch {about['torch']}, Triton {about['triton']}, {about['date']}"
+    )
+
+
+def refuse_cached(results: dict[str, Any]) -> None:
+    """Raises ValueError where figures are of an earlier run: what is published is measured side by side."""
+    cached = sorted({row["op"] for row in results["rows"] if row.get("cached")})
+    if cached:
+        raise ValueError(f"peers' figures of {', '.join(cached)} come from a cache; measure without --cache")
+
+
+def ops_page(results: dict[str, Any], plots: list[str], host: dict[str, Any] | None = None) -> str:
+    """docs/kernels/results.md. plots: ops that have one. host: what `benchmarks host` measured."""
+    rows = results["rows"]
+    limits = f"A copy of 512 MB moved\n{results['copy_bytes_per_second'] / 1e12:.2f} TB/s in the same run"
+    if "matmul_flops_per_second" in results:
+        limits += f", a bf16 product of 8192^3 ran at {results['matmul_flops_per_second'] / 1e12:.0f} TFLOP/s"
+    parts = [
+        f"""# Ops beside their peers
 
 Made by `python -m benchmarks report` from benchmarks/results/ops.json; `python -m benchmarks ops` measures anew.
 
-{e["gpu"]}, driver {e["driver"]}, torch {e["torch"]}, Triton {e["triton"]}, {e["date"]}; bf16. A copy of 512 MB moved
-{results["copy_bytes_per_second"] / 1e12:.2f} TB/s in the same run; shares count each input read once and each output
-written once. Times are medians of CUDA-graph replays over inputs that rotate past the L2 cache, all variants in turns.
-"against" is a peer's time over ours: above 1, ours is faster. Peers: torch's own operators in eager
-mode, torch.compile of them, Liger-Kernel.
+{_machine(results["environment"])}; bf16 unless a table says otherwise. {limits}.
 
-{ops_table(results["rows"])}
+Times are medians of CUDA-graph replays over inputs that rotate past the L2 cache, all variants in turns. A share is of
+the copy's bandwidth, counting each input read once and each output written once, or of the product's rate where it says
+"matmul". "against" is a peer's time over ours: above 1, ours is faster. Peers: torch's own operators in eager mode,
+torch.compile of them, Liger-Kernel.
+"""
+    ]
+    if any(not row.get("graph", True) for row in rows):
+        parts.append("\\* waits for the GPU inside, so that it cannot be in a graph; called from the host.\n")
+    if any("extra_bytes" in row for row in rows):
+        parts.append('"extra memory" is the most that a forward and a backward pass allocate, gradients included.\n')
+    parts.append(ops_table(rows) + "\n")
+    if host is not None:
+        parts.append(f"""## Host time of a call
+
+Microseconds until a call at a tiny size returns, medians; "grad" where inputs require gradients.
+{_machine(host["environment"])}. Made by `python -m benchmarks host`.
+
+{host_table(host["rows"])}
+""")
+    if plots:
+        parts.append("## Plots\n")
+        parts += [f"![{op}: time and share of the limit over size](plots/{op}.png)\n" for op in plots]
+    return "\n".join(parts)
+
+
+def embedding_page(results: dict[str, Any]) -> str:
+    """docs/kernels/embedding_results.md."""
+    return f"""# Embedding, position and dropout in one pass
+
+Made by `python -m benchmarks report` from benchmarks/results/ops.json. Sizes are sequences x tokens x width.
+{_machine(results["environment"])}.
+
+{embedding_table(results["rows"])}
 """
 
 
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_report(results: Path, docs: Path, *, plots: bool = True) -> list[Path]:
+    """Write all that a folder of results gives into docs; returns what was written. plots: needs matplotlib."""
+    ops = _read(results / "ops.json")
+    refuse_cached(ops)
+    host = _read(results / "host.json") if (results / "host.json").exists() else None
+    names = list(dict.fromkeys(row["op"] for row in ops["rows"]))
+    pages = {docs / "kernels/results.md": ops_page(ops, names if plots else [], host)}
+    if "embedding" in names:
+        pages[docs / "kernels/embedding_results.md"] = embedding_page(ops)
+    for path, text in pages.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    written = list(pages)
+    if plots:
+        from benchmarks.plots import op_figure, save, summary_figure
+
+        figures = {docs / f"kernels/plots/{name}.png": op_figure(name, ops["rows"]) for name in names}
+        figures[docs / "ops.png"] = summary_figure(ops["rows"])
+        for path, figure in figures.items():
+            save(figure, path)
+        written += list(figures)
+    return written
+
+
 def main(arguments: list[str]) -> None:
-    if arguments:
-        raise SystemExit("usage: python -m benchmarks report")
-    path = DOCS / "kernels/results.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(ops_page(), encoding="utf-8")
-    print(f"wrote {path}")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks report", description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder with ops.json (and host.json)")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder to write into")
+    options = parser.parse_args(arguments)
+    try:
+        for path in write_report(options.results, options.docs):
+            print(f"wrote {path}")
+    except ValueError as error:
+        raise SystemExit(str(error)) from None

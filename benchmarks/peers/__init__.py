@@ -1,23 +1,37 @@
-"""The same ops by others, at their best setting: torch eager, torch.compile, Liger where it is installed."""
+"""The same ops by others, each at its best setting: torch eager, torch.compile, Liger where it is installed.
 
-from collections.abc import Callable
-from typing import Any
+An adapter takes a case's inputs by name. A case without adapters has its reference as a peer, eager and compiled.
+"""
+
+import importlib.metadata
+import importlib.util
 
 import torch
 
-from benchmarks.peers.eager import EAGER
+from benchmarks.peers.eager import COMPILED, EAGER
+from benchmarks.peers.peer import Peer
 from fusedlm.testing import OpCase
 
+__all__ = ["Peer", "peers_of"]
 
-def peers_of(case: OpCase) -> dict[str, Callable[..., Any]]:
-    """Variants by name, each taking the case's inputs."""
+
+def peers_of(case: OpCase) -> dict[str, Peer]:
+    """Peers of an op by name. Call it once a shape: torch.compile begins anew and with it its limits."""
     torch._dynamo.reset()
-    eager = EAGER.get(case.name, case.reference)
-    peers: dict[str, Callable[..., Any]] = {"torch": eager, "compile": torch.compile(eager, dynamic=False)}
-    try:
+    eager = EAGER.get(case.name, Peer(case.reference))
+    peers = {"torch": eager}
+    compiled = COMPILED.get(case.name, eager)
+    if compiled is not None:
+        function = torch.compile(compiled.function, dynamic=False)
+        peers["compile"] = Peer(function, source=compiled.function, random=compiled.random)
+    if importlib.util.find_spec("liger_kernel"):
         from benchmarks.peers.liger import LIGER
-    except ImportError:
-        return peers
-    if case.name in LIGER:
-        peers["liger"] = LIGER[case.name]
+
+        if case.name in LIGER:
+            peers["liger"] = LIGER[case.name]
     return peers
+
+
+def version(variant: str) -> str:
+    """The version of what makes a variant."""
+    return importlib.metadata.version("liger-kernel") if variant == "liger" else torch.__version__

@@ -1,19 +1,142 @@
-"""torch's own fused operators, where it has them; elsewhere the peer is the op's reference."""
+"""torch's own fused operators, where it has them, and the code people write where it has none.
 
-from collections.abc import Callable
+EAGER is what runs in eager mode, COMPILED what torch.compile gets where that is something else (None: nothing).
+"""
+
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from benchmarks.peers.peer import Peer
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
-def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    total = x + residual
+def _add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, dropout_p: float = 0.0, **_: Any
+) -> tuple[Tensor, Tensor]:
+    total = (F.dropout(x, dropout_p, training=True) if dropout_p else x) + residual
+    return F.layer_norm(total, x.shape[-1:], weight, bias, eps), total
+
+
+def _add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, dropout_p: float = 0.0, **_: Any
+) -> tuple[Tensor, Tensor]:
+    total = (F.dropout(x, dropout_p, training=True) if dropout_p else x) + residual
     return _rms_norm(total, weight, eps), total
 
 
-EAGER: dict[str, Callable[..., Any]] = {"rms_norm": _rms_norm, "add_rms_norm": _add_rms_norm}
+def _dropout(x: Tensor, p: float, **_: Any) -> Tensor:
+    return F.dropout(x, p, training=True)
+
+
+def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As transformers has it: tables of the whole width in x's dtype, halves exchanged."""
+    cos, sin = torch.cat((cos, cos), -1).to(x.dtype), torch.cat((sin, sin), -1).to(x.dtype)
+    x1, x2 = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-x2, x1), dim=-1) * sin
+
+
+def _rope_wide(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """In fp32 inside: the compiler fuses it, so that the exact thing is also the fastest."""
+    x1, x2 = x.float().chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+
+
+def _embedding(
+    ids: Tensor,
+    weight: Tensor,
+    position_weight: Tensor | None = None,
+    positions: Tensor | int = 0,
+    dropout_p: float = 0.0,
+    **_: Any,
+) -> Tensor:
+    x = F.embedding(ids, weight)
+    if isinstance(positions, Tensor) and position_weight is not None:
+        x = x + F.embedding(positions, position_weight)
+    elif position_weight is not None:
+        x = x + position_weight[positions : positions + ids.shape[1]]
+    return F.dropout(x, dropout_p, training=True) if dropout_p else x
+
+
+def _cross_entropy(input: Tensor, target: Tensor, **options: Any) -> Tensor:
+    return F.cross_entropy(input, target, **options)
+
+
+def _cross_entropy_wide(input: Tensor, target: Tensor, **options: Any) -> Tensor:
+    """In fp32 inside, which costs the compiler nothing."""
+    return F.cross_entropy(input.float(), target, **options)
+
+
+def _linear_cross_entropy(input: Tensor, weight: Tensor, target: Tensor, **options: Any) -> Tensor:
+    return F.cross_entropy(F.linear(input, weight), target, **options)
+
+
+def _linear_cross_entropy_wide(input: Tensor, weight: Tensor, target: Tensor, **options: Any) -> Tensor:
+    return F.cross_entropy(F.linear(input, weight).float(), target, **options)
+
+
+def _adamw(step: Tensor, max_norm: float | None, **tensors: Any) -> None:
+    """What clip_grad_norm_ and AdamW(fused=True) launch, without the host's part."""
+    names = ("param", "grad", "exp_avg", "exp_avg_sq")
+    count = sum(name.startswith("param") for name in tensors)
+    params, grads, exp_avgs, exp_avg_sqs = ([tensors[f"{name}{i}"] for i in range(count)] for name in names)
+    if max_norm is not None:
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    steps = list((step + 1).expand(count).contiguous().unbind())
+    hyper: Any = {"lr": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+    torch._fused_adamw_(params, grads, exp_avgs, exp_avg_sqs, [], steps, **hyper, amsgrad=False, maximize=False)
+
+
+def _sample(
+    logits: Tensor,
+    uniform: Tensor | None = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    **_: Any,
+) -> Tensor:
+    """top-k by topk, top-p by sorting, and the draw by exponential noise: torch.multinomial would wait for the GPU."""
+    x = logits.float()
+    if temperature == 0 or uniform is None:
+        return x.argmax(-1)
+    x = x / temperature
+    order = None
+    if 0 < top_k < x.shape[-1]:
+        x, order = x.topk(top_k)  # sorted, so that top-p need not sort the whole vocabulary
+    elif top_p < 1:
+        x, order = x.sort(dim=-1, descending=True)
+    p = x.softmax(-1)
+    if top_p < 1:
+        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)
+    if min_p > 0:
+        p = p.masked_fill(p < min_p * p.amax(-1, keepdim=True), 0.0)
+    drawn = (p / torch.empty_like(p).exponential_()).argmax(-1, keepdim=True)
+    return (drawn if order is None else order.gather(-1, drawn)).squeeze(-1)
+
+
+EAGER: dict[str, Peer] = {
+    "rms_norm": Peer(_rms_norm),
+    "add_layer_norm": Peer(_add_layer_norm),
+    "add_rms_norm": Peer(_add_rms_norm),
+    "dropout": Peer(_dropout, random=True),
+    "rope": Peer(_rope),
+    "embedding": Peer(_embedding, random=True),
+    "cross_entropy": Peer(_cross_entropy),
+    "linear_cross_entropy": Peer(_linear_cross_entropy),
+    "adamw": Peer(_adamw, writes_inputs=True, random=True),
+    "sample": Peer(_sample, random=True),
+}
+
+COMPILED: dict[str, Peer | None] = {
+    "rope": Peer(_rope_wide),
+    "cross_entropy": Peer(_cross_entropy_wide),
+    "linear_cross_entropy": Peer(_linear_cross_entropy_wide),
+    "adamw": None,
+}

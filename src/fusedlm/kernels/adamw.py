@@ -208,10 +208,10 @@ def _update_kernel(
 
 @functools.cache
 def _config(name: str) -> dict[str, int]:
-    """Constants of a kernel: 16 elements a thread where every one is read and written, 64 where it is only read."""
+    """Constants of a kernel: 8 elements a thread where every one is read and written, 64 where it is only read."""
     if interpreting():
         return {"BLOCK_N": 128, "num_warps": 4}
-    return {"BLOCK_N": 2048, "num_warps": 4} if name == "update" else {"BLOCK_N": 16384, "num_warps": 8}
+    return {"BLOCK_N": 1024, "num_warps": 4} if name == "update" else {"BLOCK_N": 16384, "num_warps": 8}
 
 
 @dataclass(frozen=True)

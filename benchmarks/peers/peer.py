@@ -1,0 +1,21 @@
+"""What the harness has to know of a peer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A function of a case's inputs.
+
+    writes_inputs: it works in place and gets a copy of its own. waits: it waits for the GPU inside, so that it cannot
+    be in a CUDA graph. random: its numbers are not to be compared with the reference's. source: the function as it was
+    written, where `function` is made of it.
+    """
+
+    function: Callable[..., Any]
+    writes_inputs: bool = False
+    waits: bool = False
+    random: bool = False
+    source: Callable[..., Any] | None = None

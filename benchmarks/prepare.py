@@ -1,0 +1,111 @@
+"""What comes before timing, in processes of its own: the contract of every op, and compiling all there is to compile.
+
+Both take host time and not the GPU's. Compiled code reaches the process that times through the compilers' caches on
+disk. Nothing runs beside the timing: all processes have ended by then.
+"""
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.peers import peers_of
+from benchmarks.work import make_inputs, own_copy, works
+from fusedlm.testing import check, checks
+from fusedlm.testing.cases import CASES
+
+
+@dataclass(frozen=True)
+class Job:
+    """Part of an op's preparation.
+
+    kind: "contract" (one dtype, at the small shapes), "check" (the contract at one shape that is timed) or "compile"
+    (every variant at one such shape). shape: its number in the case's bench.
+    """
+
+    kind: str
+    op: str
+    dtype: torch.dtype | None = None
+    shape: int = 0
+
+
+def run_job(job: Job, device: str = "cuda") -> float:
+    """Seconds it took. Raises AssertionError where the contract is broken."""
+    start = time.perf_counter()
+    case = CASES[job.op]
+    where = torch.device(device)
+    if job.kind == "contract":
+        assert job.dtype is not None
+        dtypes = (job.dtype,) if job.dtype == case.bench_dtype else (case.bench_dtype, job.dtype)
+        for shape, options in checks(case, dtypes=dtypes):  # strides in the first dtype alone
+            if options["dtype"] == job.dtype:
+                check(case, shape, device=where, **options)
+    elif job.kind == "check":
+        check(case, case.bench[job.shape], dtype=case.bench_dtype, device=where)
+    else:
+        assert job.kind == "compile", job.kind
+        made = make_inputs(case, case.bench[job.shape], 0, where)
+        functions = [case.timed or case.op, *(peer.function for peer in peers_of(case).values())]
+        for function in functions:
+            for work in works(case, function, [own_copy(made)]).values():
+                work(0)
+    if where.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # for the other processes
+    return time.perf_counter() - start
+
+
+def jobs_of(op: str, shapes: Sequence[int], *, quick: bool, compiled: Sequence[int]) -> list[Job]:
+    """All of an op's jobs, the longest first. compiled: the shapes at which peers will be timed and not remembered."""
+    case = CASES[op]
+    jobs = [Job("compile", op, shape=i) for i in compiled]
+    if not quick:
+        jobs += [Job("contract", op, dtype) for dtype in dict.fromkeys((case.bench_dtype, torch.float32))]
+    return jobs + [Job("check", op, shape=i) for i in shapes]
+
+
+def _start() -> None:
+    import torch._inductor.config
+
+    torch._inductor.config.compile_threads = 1  # the processes are many already
+
+
+def _lacks_memory(error: RuntimeError) -> bool:
+    return "out of memory" in str(error) or "ALLOC_FAILED" in str(error)  # torch's, and the libraries'
+
+
+def prepare(
+    jobs: Sequence[Job], *, processes: int | None = None, do: Callable[[Job], float] = run_job
+) -> dict[Job, float]:
+    """Seconds of each job. processes: 0 does all in this one; as many as suit the machine where None is given.
+
+    Jobs that find no memory beside the others are done again afterwards, one at a time. Raises what the first job that
+    fails otherwise raises; the others are not waited for.
+    """
+    if processes is None:
+        processes = min(len(jobs), max((os.cpu_count() or 4) - 2, 1), 12)
+    seconds, again = {}, []
+    if processes == 0:
+        return {job: do(job) for job in jobs}
+    context = multiprocessing.get_context("spawn")  # a process that has used the GPU cannot be forked
+    with ProcessPoolExecutor(processes, context, initializer=_start) as pool:
+        futures: dict[Future[float], Job] = {pool.submit(do, job): job for job in jobs}
+        try:
+            for future in as_completed(futures):
+                try:
+                    seconds[futures[future]] = future.result()
+                except RuntimeError as error:
+                    if not _lacks_memory(error):
+                        raise
+                    again.append(futures[future])
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    for job in again:  # in a new process, so that nothing stays allocated in this one
+        with ProcessPoolExecutor(1, context, initializer=_start) as pool:
+            seconds[job] = pool.submit(do, job).result()
+    return seconds
