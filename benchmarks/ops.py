@@ -95,7 +95,7 @@ def run_shape(
 ) -> list[dict[str, Any]]:
     """Rows of results at one shape: one a direction and variant. compare: peers are held to the reference first."""
     assert case.traffic is not None
-    peers = peers_of(case)
+    peers = peers_of(case, shape)
     directions = directions_of(case)
     kept = _remembered(case, shape, peers, directions, cache)
     sets = input_sets(min(n for n in case.traffic(shape) if n) * case.bench_dtype.itemsize, limits.cache)
@@ -173,7 +173,7 @@ def _run(options: argparse.Namespace) -> None:
         shapes = shapes_of(case, quick=options.quick)
         compiled = []
         for i in shapes:
-            peers = peers_of(case)
+            peers = peers_of(case, case.bench[i])
             if len(_remembered(case, case.bench[i], peers, directions_of(case), cache)) < len(peers):
                 compiled.append(i)
         jobs += jobs_of(name, shapes, quick=options.quick, compiled=compiled)

@@ -49,7 +49,7 @@ def run_job(job: Job, device: str = "cuda") -> float:
     else:
         assert job.kind == "compile", job.kind
         made = make_inputs(case, case.bench[job.shape], 0, where)
-        functions = [case.timed or case.op, *(peer.function for peer in peers_of(case).values())]
+        functions = [case.timed or case.op, *(peer.function for peer in peers_of(case, case.bench[job.shape]).values())]
         for function in functions:
             for work in works(case, function, [own_copy(made)]).values():
                 work(0)

@@ -49,7 +49,7 @@ def _small(name: str, **changes: Any) -> OpCase:
 def peers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Peer]:
     """What stands in for the peers: the reference, and a copy of it that writes into its inputs."""
     found: dict[str, Peer] = {}
-    monkeypatch.setattr("benchmarks.ops.peers_of", lambda case: found)
+    monkeypatch.setattr("benchmarks.ops.peers_of", lambda case, shape: found)
     return found
 
 
@@ -77,10 +77,10 @@ def test_peers_by_name() -> None:
         "dropout": {"torch", "compile"},
     }
     for name, names in expected.items():
-        found = peers_of(CASES[name])
+        found = peers_of(CASES[name], CASES[name].bench[0])
         assert found.keys() - {"liger"} == names - {"liger"}
         assert ("liger" in found) == ("liger" in names and find_spec("liger_kernel") is not None)
-    assert peers_of(replace(CASES["gelu"], name="adamw")).keys() == {"torch"}
+    assert peers_of(replace(CASES["gelu"], name="adamw"), CASES["gelu"].bench[0]).keys() == {"torch"}
 
 
 def test_random_peers_drop_and_draw_as_they_should() -> None:

@@ -10,13 +10,13 @@ import torch
 
 from benchmarks.peers.eager import COMPILED, EAGER
 from benchmarks.peers.peer import Peer
-from fusedlm.testing import OpCase
+from fusedlm.testing import OpCase, Shape
 
 __all__ = ["Peer", "peers_of"]
 
 
-def peers_of(case: OpCase) -> dict[str, Peer]:
-    """Peers of an op by name. Call it once a shape: torch.compile begins anew and with it its limits."""
+def peers_of(case: OpCase, shape: Shape) -> dict[str, Peer]:
+    """Peers of an op at a shape, by name. Call it once a shape: torch.compile begins anew and with it its limits."""
     torch._dynamo.reset()
     eager = EAGER.get(case.name, Peer(case.reference))
     peers = {"torch": eager}
@@ -27,7 +27,7 @@ def peers_of(case: OpCase) -> dict[str, Peer]:
     if importlib.util.find_spec("liger_kernel"):
         from benchmarks.peers.liger import LIGER
 
-        if case.name in LIGER:
+        if case.name in LIGER and LIGER[case.name].takes(shape):
             peers["liger"] = LIGER[case.name]
     return peers
 

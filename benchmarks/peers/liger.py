@@ -103,7 +103,7 @@ LIGER: dict[str, Peer] = {
     "add_rms_norm": Peer(_add_rms_norm),
     "swiglu": Peer(_swiglu, writes_inputs=True),
     "swiglu_halves": Peer(_swiglu_halves),
-    "softmax": Peer(_softmax),
+    "softmax": Peer(_softmax, takes=lambda shape: shape["N"] <= 65536),
     "rope": Peer(_rope, writes_inputs=True),
     "embedding": Peer(_embedding, random=True),
     "cross_entropy": Peer(_cross_entropy, writes_inputs=True, waits=True),

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from fusedlm.testing import Shape
+
 
 @dataclass(frozen=True)
 class Peer:
@@ -11,7 +13,7 @@ class Peer:
 
     writes_inputs: it works in place and gets a copy of its own. waits: it waits for the GPU inside, so that it cannot
     be in a CUDA graph. random: its numbers are not to be compared with the reference's. source: the function as it was
-    written, where `function` is made of it.
+    written, where `function` is made of it. takes: whether it can do a shape at all.
     """
 
     function: Callable[..., Any]
@@ -19,3 +21,4 @@ class Peer:
     waits: bool = False
     random: bool = False
     source: Callable[..., Any] | None = None
+    takes: Callable[[Shape], bool] = lambda shape: True

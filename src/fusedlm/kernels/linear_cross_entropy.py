@@ -100,7 +100,7 @@ def _loss_config(device: torch.device) -> tuple[int, dict[str, int]]:
     """Programs, so that the rows they are at fit the L2 cache, and constants."""
     if interpreting():
         return num_programs(device, 1), statistics_config()
-    return num_programs(device, 4), {"BLOCK_K": 2, "BLOCK_V": 4096, "num_warps": 16}
+    return num_programs(device, 4), {"BLOCK_K": 4, "BLOCK_V": 2048, "num_warps": 8}
 
 
 def _product_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
