@@ -139,4 +139,5 @@ COMPILED: dict[str, Peer | None] = {
     "cross_entropy": Peer(_cross_entropy_wide),
     "linear_cross_entropy": Peer(_linear_cross_entropy_wide),
     "adamw": None,
+    "sample": None,  # torch 2.11 refuses: "NYI TritonSplitDimKernel reductions"
 }
