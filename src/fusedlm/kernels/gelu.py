@@ -3,7 +3,7 @@
     exact  Phi(x) = (1 + erf(x / sqrt(2))) / 2,          dy/dx = Phi(x) + x * exp(-x^2 / 2) / sqrt(2 pi)
     tanh   Phi(x) ~ (1 + tanh(u)) / 2 = sigmoid(2u),     u = sqrt(2 / pi) * (x + 0.044715 x^3),
            with s = sigmoid(2u):                         dy/dx = s + x * s * (1 - s) * 2 du/dx
-Numerics: loads are widened to fp32, one rounding at the store.
+Numerics: loads are widened to fp32, one rounding at the store. For narrower dtypes exact is Phi to a relative 4e-5.
 Traffic, in elements: forward 2 per element (x, y), backward 3 (x, dy, dx).
 """
 
@@ -31,6 +31,19 @@ def _exp_minus(x):
 
 
 @triton.jit
+def _normal_tail(x):
+    """(Phi(-|x|), exp(-x^2 / 2)), the first to a relative error of 3e-5, for x to 13; what fp16 and bf16 can tell.
+
+    Phi(-|x|) = exp(-x^2 / 2) * t * P(t), t = 1 / (1 + c |x|): the form of Abramowitz and Stegun 7.1.26 with P and c
+    fitted to the relative error. tl.erf takes several times its arithmetic, more than the memory leaves time for.
+    """
+    e = tl.exp2(-0.7213475204444817 * x * x)
+    t = 1.0 / (1.0 + 0.3765343 * tl.abs(x))
+    tail = t * (0.149700845 + t * (0.158003935 + t * (0.085344235 + t * (0.19789331 - 0.09095657 * t))))
+    return tail * e, e
+
+
+@triton.jit
 def _fwd_kernel(x_ptr, y_ptr, x_stride, N, TANH: tl.constexpr, BLOCK_N: tl.constexpr):
     blocks = tl.cdiv(N, BLOCK_N)
     row = tl.cast(tl.program_id(0) // blocks, tl.int64)
@@ -39,8 +52,11 @@ def _fwd_kernel(x_ptr, y_ptr, x_stride, N, TANH: tl.constexpr, BLOCK_N: tl.const
     x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
     if TANH:
         y = x / (1.0 + _exp_minus(1.5957691216057308 * (x + 0.044715 * x * x * x)))
-    else:
+    elif x_ptr.dtype.element_ty == tl.float32:
         y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:
+        tail, _ = _normal_tail(x)
+        y = x * tl.where(x < 0.0, tail, 1.0 - tail)
     tl.store(y_ptr + row * N + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -59,8 +75,11 @@ def _bwd_kernel(dy_ptr, x_ptr, dx_ptr, dy_stride, x_stride, N, TANH: tl.constexp
         slope = s + x * (e * s * s) * (
             1.5957691216057308 + 0.21406444881780076 * x2
         )  # 1 - s, without the digits it loses
-    else:
+    elif x_ptr.dtype.element_ty == tl.float32:
         slope = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    else:
+        tail, e = _normal_tail(x)
+        slope = tl.where(x < 0.0, tail, 1.0 - tail) + x * 0.3989422804014327 * e
     tl.store(dx_ptr + row * N + cols, (dy * slope).to(dx_ptr.dtype.element_ty), mask=mask)
 
 
