@@ -8,7 +8,7 @@ import importlib.util
 
 import torch
 
-from benchmarks.peers.eager import COMPILED, EAGER
+from benchmarks.peers.eager import COMPILED, EAGER, MORE
 from benchmarks.peers.peer import Peer
 from fusedlm.testing import OpCase, Shape
 
@@ -19,7 +19,7 @@ def peers_of(case: OpCase, shape: Shape) -> dict[str, Peer]:
     """Peers of an op at a shape, by name. Call it once a shape: torch.compile begins anew and with it its limits."""
     torch._dynamo.reset()
     eager = EAGER.get(case.name, Peer(case.reference))
-    peers = {"torch": eager}
+    peers = {"torch": eager, **MORE.get(case.name, {})}
     compiled = COMPILED.get(case.name, eager)
     if compiled is not None:
         function = torch.compile(compiled.function, dynamic=False)

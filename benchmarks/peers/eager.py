@@ -1,6 +1,7 @@
 """torch's own fused operators, where it has them, and the code people write where it has none.
 
-EAGER is what runs in eager mode, COMPILED what torch.compile gets where that is something else (None: nothing).
+EAGER is what runs in eager mode, COMPILED what torch.compile gets where that is something else (None: nothing), MORE
+what else torch offers.
 """
 
 from typing import Any
@@ -99,26 +100,41 @@ def _sample(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    min_p: float = 0.0,
     **_: Any,
 ) -> Tensor:
-    """top-k by topk, top-p by sorting, and the draw by exponential noise: torch.multinomial would wait for the GPU."""
+    """What generation loops do, as transformers' logits processors: each filter masks logits, top-p by sorting."""
     x = logits.float()
     if temperature == 0 or uniform is None:
         return x.argmax(-1)
     x = x / temperature
-    order = None
     if 0 < top_k < x.shape[-1]:
-        x, order = x.topk(top_k)  # sorted, so that top-p need not sort the whole vocabulary
-    elif top_p < 1:
-        x, order = x.sort(dim=-1, descending=True)
-    p = x.softmax(-1)
+        x = x.masked_fill(x < x.topk(top_k).values[..., -1, None], -torch.inf)
     if top_p < 1:
-        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)
-    if min_p > 0:
-        p = p.masked_fill(p < min_p * p.amax(-1, keepdim=True), 0.0)
+        ordered, order = x.sort(descending=False)
+        drop = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
+        drop[..., -1:] = False
+        x = x.masked_fill(drop.scatter(1, order, drop), -torch.inf)
+    return torch.multinomial(x.softmax(-1), 1).squeeze(-1)
+
+
+def _sample_by_topk(
+    logits: Tensor,
+    uniform: Tensor | None = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    **_: Any,
+) -> Tensor:
+    """A quicker way in torch: top-p among the k that topk has sorted already, and a draw by exponential noise, which
+    unlike torch.multinomial does not wait for the GPU."""
+    x = logits.float()
+    if temperature == 0 or uniform is None:
+        return x.argmax(-1)
+    x, order = (x / temperature).topk(top_k) if top_k else (x / temperature).sort(descending=True)
+    p = x.softmax(-1)
+    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)
     drawn = (p / torch.empty_like(p).exponential_()).argmax(-1, keepdim=True)
-    return (drawn if order is None else order.gather(-1, drawn)).squeeze(-1)
+    return order.gather(-1, drawn).squeeze(-1)
 
 
 EAGER: dict[str, Peer] = {
@@ -131,7 +147,7 @@ EAGER: dict[str, Peer] = {
     "cross_entropy": Peer(_cross_entropy),
     "linear_cross_entropy": Peer(_linear_cross_entropy),
     "adamw": Peer(_adamw, writes_inputs=True, random=True),
-    "sample": Peer(_sample, random=True),
+    "sample": Peer(_sample, random=True, waits=True),
 }
 
 COMPILED: dict[str, Peer | None] = {
@@ -141,3 +157,6 @@ COMPILED: dict[str, Peer | None] = {
     "adamw": None,
     "sample": None,  # torch 2.11 refuses: "NYI TritonSplitDimKernel reductions"
 }
+
+# Other ways to do it in torch, by op and name.
+MORE: dict[str, dict[str, Peer]] = {"sample": {"torch-topk": Peer(_sample_by_topk, random=True)}}

@@ -16,9 +16,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
     x, w = torch.randn(4, 8), torch.ones(8)
-    with pytest.raises(ValueError, match=r"weight has shape \(7,\), expected \(8,\)"):
+    with pytest.raises(ValueError, match=r"weight has shape \(7,\); expected \(8,\)"):
         rms_norm(x, torch.ones(7))
-    with pytest.raises(ValueError, match=r"bias has shape \(9,\), expected \(8,\)"):
+    with pytest.raises(ValueError, match=r"weight has shape \(8,\), bias \(9,\); expected \(8,\)"):
         layer_norm(x, w, torch.ones(9))
     with pytest.raises(ValueError, match=r"residual is \(4, 7\)"):
         add_layer_norm(x, torch.randn(4, 7), w)

@@ -1,7 +1,11 @@
-"""The ops the models are made of, each usable on its own: torch's names and argument order, any strides, any dtype."""
+"""The ops the models are made of, each usable on its own: torch's names and argument order, any strides, any dtype.
+
+Functions have lower-case names; modules of the same ops, torch's names for modules.
+"""
 
 from fusedlm.kernels._backend import backend
 from fusedlm.kernels._index_errors import raise_index_errors
+from fusedlm.kernels._philox import dropout_seed
 from fusedlm.kernels.adamw import AdamW, Workspace, adamw, global_norm
 from fusedlm.kernels.attention import attention
 from fusedlm.kernels.cross_entropy import cross_entropy
@@ -10,6 +14,18 @@ from fusedlm.kernels.embedding import embedding
 from fusedlm.kernels.gelu import gelu
 from fusedlm.kernels.linear import linear
 from fusedlm.kernels.linear_cross_entropy import linear_cross_entropy
+from fusedlm.kernels.modules import (
+    GELU,
+    CrossEntropyLoss,
+    Dropout,
+    Embedding,
+    LayerNorm,
+    LinearCrossEntropyLoss,
+    RMSNorm,
+    RotaryEmbedding,
+    Softmax,
+    SwiGLU,
+)
 from fusedlm.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fusedlm.kernels.rope import RopeScaling, rope, rotary_frequencies, rotary_tables
 from fusedlm.kernels.sample import sample
@@ -17,8 +33,18 @@ from fusedlm.kernels.softmax import softmax
 from fusedlm.kernels.swiglu import swiglu
 
 __all__ = [
+    "GELU",
     "AdamW",
+    "CrossEntropyLoss",
+    "Dropout",
+    "Embedding",
+    "LayerNorm",
+    "LinearCrossEntropyLoss",
+    "RMSNorm",
     "RopeScaling",
+    "RotaryEmbedding",
+    "Softmax",
+    "SwiGLU",
     "Workspace",
     "adamw",
     "add_layer_norm",
@@ -27,6 +53,7 @@ __all__ = [
     "backend",
     "cross_entropy",
     "dropout",
+    "dropout_seed",
     "embedding",
     "gelu",
     "global_norm",

@@ -29,10 +29,12 @@ def interpreting() -> bool:
 
 def use_triton(x: Tensor) -> bool:
     """Whether an op that has a Triton kernel launches it for `x`."""
+    if _forced == "auto":
+        return x.is_cuda
     elsewhere = not (x.is_cuda or x.is_meta)  # meta: see record_launches
     if _forced == "triton" and elsewhere and not torch.compiler.is_compiling() and not interpreting():
         raise ValueError(f"the Triton kernels were asked for, and they need a CUDA tensor; got one on {x.device}")
-    return x.is_cuda if _forced == "auto" else _forced == "triton"
+    return _forced == "triton"
 
 
 def torch_only(op: str) -> None:

@@ -54,6 +54,8 @@ def drop_threshold(p: float) -> tuple[int, float]:
 
     Raises ValueError unless 0 <= p <= 1.
     """
+    if not p:
+        return 0, 1.0
     if not 0 <= p <= 1:
         raise ValueError(f"dropout's probability is {p}; expected 0 to 1")
     threshold = round(p * 65536)

@@ -14,7 +14,9 @@ from torch import Tensor
 from fusedlm.kernels._backend import torch_only
 
 
-def attention_ref(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, offset: int | Tensor, scale: float) -> Tensor:
+def attention_ref(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, offset: int | Tensor, scale: float, dropout_p: float = 0.0
+) -> Tensor:
     B, H, T, D = q.shape
     G, S = k.shape[1], k.shape[2]
     square = causal and isinstance(offset, int) and offset == 0 and T == S
@@ -24,8 +26,9 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, offset: int 
         position = start + torch.arange(T, device=q.device).view(-1, 1)
         mask = torch.arange(S, device=q.device) <= position  # (B or 1, 1, T, S)
     if T == 1 and H != G:  # one query a head: the heads of a group are the rows of one small product
-        return F.scaled_dot_product_attention(q.reshape(B, G, H // G, D), k, v, mask, scale=scale).reshape(B, H, 1, -1)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=square, scale=scale, enable_gqa=H != G)
+        grouped = q.reshape(B, G, H // G, D)
+        return F.scaled_dot_product_attention(grouped, k, v, mask, dropout_p, scale=scale).reshape(B, H, 1, -1)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, square, scale=scale, enable_gqa=H != G)
 
 
 def attention(
@@ -36,12 +39,14 @@ def attention(
     causal: bool = True,
     offset: int | Tensor | None = None,
     scale: float | None = None,
+    dropout_p: float = 0.0,
 ) -> Tensor:
     """Attention of T queries over S keys.
 
     q: (B, H, T, D). k, v: (B, G, S, D), H a multiple of G. offset: the position of the first query among the keys, an
     int or one a sequence, (B,) int64; by default S - T, so that the last query sees every key. scale: 1/sqrt(D) by
-    default. Returns (B, H, T, D) in q's dtype. Raises ValueError for shapes that do not fit.
+    default. dropout_p: of the weights, its mask from torch's own generator. Returns (B, H, T, D) in q's dtype. Raises
+    ValueError for shapes that do not fit.
     """
     if q.ndim != 4 or k.shape != v.shape or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(
@@ -54,4 +59,4 @@ def attention(
         offset = k.shape[2] - q.shape[2]
     torch_only("attention")
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
-    return attention_ref(q, k, v, causal=causal, offset=offset, scale=scale)
+    return attention_ref(q, k, v, causal=causal, offset=offset, scale=scale, dropout_p=dropout_p)

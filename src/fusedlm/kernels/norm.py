@@ -374,9 +374,10 @@ class _AddNorm(torch.autograd.Function):
 
 
 def _check(x: Tensor, r: Tensor | None, weight: Tensor, bias: Tensor | None) -> None:
-    for name, p in (("weight", weight), ("bias", bias)):
-        if p is not None and p.shape != x.shape[-1:]:
-            raise ValueError(f"{name} has shape {tuple(p.shape)}, expected {tuple(x.shape[-1:])}")
+    expected = x.shape[-1:]
+    if weight.shape != expected or (bias is not None and bias.shape != expected):
+        given = f"weight has shape {tuple(weight.shape)}" + ("" if bias is None else f", bias {tuple(bias.shape)}")
+        raise ValueError(f"{given}; expected {tuple(expected)}")
     if r is not None and (r.shape != x.shape or r.dtype != x.dtype):
         raise ValueError(f"residual is {tuple(r.shape)} {r.dtype}; expected x's {tuple(x.shape)} {x.dtype}")
 

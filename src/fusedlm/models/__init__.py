@@ -25,17 +25,23 @@ __all__ = [
 
 
 def build_model(
-    config: ModelConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    config: ModelConfig,
+    *,
+    dropout: float = 0.0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> DecoderModel:
-    """The model of a config, with uninitialised parameters (on "meta": with none, for counting and for loading).
+    """The model of a config, its parameters still to be filled (on "meta": with none, for counting and for loading).
+
+    dropout: while it trains, see `DecoderModel`.
 
     Raises TypeError for a config of no known architecture.
     """
     with torch.device(device or "cpu"):
         if isinstance(config, GPT2Config):
-            model: DecoderModel = GPT2(config)
+            model: DecoderModel = GPT2(config, dropout)
         elif isinstance(config, LlamaConfig):
-            model = Llama(config)
+            model = Llama(config, dropout)
         else:
             raise TypeError(f"no model for a {type(config).__name__}; expected GPT2Config or LlamaConfig")
     return model if dtype is None else model.to(dtype)

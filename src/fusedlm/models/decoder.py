@@ -5,24 +5,29 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fusedlm.kernels import linear
+from fusedlm.kernels import Embedding, LayerNorm, RMSNorm, dropout_seed, linear, linear_cross_entropy
 from fusedlm.models.config import ModelConfig
-from fusedlm.models.layers import Cache, Embedding, LayerNorm, Linear, RMSNorm
+from fusedlm.models.layers import Cache, DropoutState, Linear
 
 
 class DecoderModel(nn.Module):
     """A decoder-only transformer. Knows no cache, no trainer and no device.
 
-    Parameters are left uninitialised: `init_weights` or a checkpoint fills them.
+    Parameters are not initialised as they should be: `init_weights` or a checkpoint fills them.
+    dropout: the probability, in training mode alone, of embeddings, attention weights and what is added to the residual
+    stream. It is a matter of training and no checkpoint holds it.
     """
 
     embedding: Embedding
     blocks: nn.ModuleList
-    norm: nn.Module
+    norm: LayerNorm | RMSNorm
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, dropout: float = 0.0) -> None:
         super().__init__()
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}; expected 0 or more, and less than 1")
         self.config = config
+        self.dropout = dropout
         self.embedding = Embedding(config.vocab_size, config.width)
         self.head = None if config.tied else Linear(config.width, config.vocab_size, bias=False)
 
@@ -38,6 +43,28 @@ class DecoderModel(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: (..., C). Returns (..., V) in the model's dtype."""
         return linear(hidden, self.head_weight)
+
+    def loss(
+        self,
+        ids: Tensor,
+        targets: Tensor,
+        *,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+    ) -> Tensor:
+        """The mean cross-entropy of the tokens that follow, an fp32 scalar, without all logits in memory.
+
+        ids: (B, T) int64. targets: (B, T) int64, of each token the one behind it, or ignore_index. Other options are
+        those of `linear_cross_entropy`.
+        """
+        hidden = self.hidden_states(ids)
+        return linear_cross_entropy(hidden, self.head_weight, targets, ignore_index, "mean", label_smoothing, z_loss)
+
+    def dropout_state(self, device: torch.device) -> DropoutState:
+        """That of one forward pass, with a new seed from torch's generator of the device; nothing in evaluation."""
+        seed = dropout_seed(None, self.dropout, self.training, device)
+        return DropoutState() if seed is None else DropoutState(self.dropout, seed)
 
     def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """ids: (B, T) int64. Returns logits, (B, T, V)."""

@@ -2,10 +2,10 @@
 
 from torch import Tensor, nn
 
-from fusedlm.kernels import gelu
+from fusedlm.kernels import Embedding, LayerNorm, gelu
 from fusedlm.models.config import GPT2Config
 from fusedlm.models.decoder import DecoderModel, check_length
-from fusedlm.models.layers import Attention, Cache, Embedding, LayerNorm, Linear
+from fusedlm.models.layers import Attention, Cache, DropoutState, Linear, add_norm
 
 
 class MLP(nn.Module):
@@ -26,16 +26,22 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(config.width, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
-        x = x + self.attention(self.norm1(x), None, cache)
-        return x + self.mlp(self.norm2(x))
+    def forward(
+        self, x: Tensor, residual: Tensor | None, cache: Cache | None, dropout: DropoutState
+    ) -> tuple[Tensor, Tensor]:
+        """What the block before it gave and the residual stream before that; so the sum and the norm are one pass."""
+        layer = self.attention.layer
+        x, residual = add_norm(self.norm1, x, residual, dropout, 2 * layer)
+        x = self.attention(x, None, cache, dropout.p)
+        x, residual = add_norm(self.norm2, x, residual, dropout, 2 * layer + 1)
+        return self.mlp(x), residual
 
 
 class GPT2(DecoderModel):
     """GPT-2 of any size."""
 
-    def __init__(self, config: GPT2Config) -> None:
-        super().__init__(config)
+    def __init__(self, config: GPT2Config, dropout: float = 0.0) -> None:
+        super().__init__(config, dropout)
         self.positions = Embedding(config.context_length, config.width)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = LayerNorm(config.width, config.norm_eps)
@@ -44,7 +50,9 @@ class GPT2(DecoderModel):
         T = ids.shape[1]
         check_length(self.config, T)
         positions = 0 if cache is None else cache.positions(T)
-        x = self.embedding(ids, self.positions.weight, positions)  # (B, T, C)
+        dropout, residual = self.dropout_state(ids.device), None
+        options = {"seed": dropout.seed, "stream": 2 * len(self.blocks) + 1}
+        x = self.embedding(ids, self.positions.weight, positions, dropout.p, **options)  # (B, T, C)
         for block in self.blocks:
-            x = block(x, cache)
-        return self.norm(x)
+            x, residual = block(x, residual, cache, dropout)
+        return add_norm(self.norm, x, residual, dropout, 2 * len(self.blocks))[0]

@@ -1,12 +1,13 @@
 """The layers both architectures are built of. They know no cache: attention asks whoever holds one through `Cache`."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fusedlm.kernels import attention, embedding, layer_norm, linear, rms_norm, rope, rotary_frequencies, rotary_tables
-from fusedlm.models.config import LlamaConfig, ModelConfig
+from fusedlm.kernels import LayerNorm, RMSNorm, attention, linear, rope
+from fusedlm.models.config import ModelConfig
 
 
 class Cache(Protocol):
@@ -33,55 +34,21 @@ class Linear(nn.Module):
         return linear(x, self.weight, self.bias)
 
 
-class Embedding(nn.Module):
-    """A table of V rows. The model adds learned positions in the same pass."""
+@dataclass(frozen=True)
+class DropoutState:
+    """The dropout of one forward pass. Every place in the model has a stream of its own of the one seed."""
 
-    def __init__(self, V: int, C: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(V, C))
-
-    def forward(self, ids: Tensor, position_weight: Tensor | None = None, positions: Tensor | int = 0) -> Tensor:
-        return embedding(ids, self.weight, position_weight, positions)
+    p: float = 0.0
+    seed: Tensor | None = None  # (1,) int64, on the model's device
 
 
-class LayerNorm(nn.Module):
-    def __init__(self, C: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(C))
-        self.bias = nn.Parameter(torch.empty(C))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps)
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, C: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(C))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-
-class Rotary(nn.Module):
-    """Tables of cosines and sines for given positions. Has no parameters; angles are computed in float64."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.frequencies = self._frequencies("cpu")  # a model on "meta" has real ones, too
-
-    def _frequencies(self, device: torch.device | str) -> Tensor:
-        c = self.config
-        return rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling, device)
-
-    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions: (T,) or (B, T). Returns cos and sin, each (T, D/2) or (B, 1, T, D/2), in dtype."""
-        if self.frequencies.device != positions.device:
-            self.frequencies = self._frequencies(positions.device)
-        return rotary_tables(positions, self.frequencies, dtype)
+def add_norm(
+    norm: LayerNorm | RMSNorm, x: Tensor, residual: Tensor | None, dropout: DropoutState, stream: int
+) -> tuple[Tensor, Tensor]:
+    """(norm(s), s), s = dropout(x) + residual, in one pass; s = x where there is no residual yet. All are (B, T, C)."""
+    if residual is None:
+        return norm(x), x
+    return norm(x, residual, dropout.p, seed=dropout.seed, stream=stream)
 
 
 class Attention(nn.Module):
@@ -95,11 +62,15 @@ class Attention(nn.Module):
         self.qkv = Linear(config.width, config.qkv_width, bias=bias)
         self.out = Linear(config.n_heads * config.head_dim, config.width, bias=bias)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: Cache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: Cache | None, dropout_p: float = 0.0
+    ) -> Tensor:
+        """x: (B, T, C). dropout_p: of the attention weights, without a cache. Returns (B, T, C)."""
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, sum(self.heads), self.head_dim).transpose(1, 2)  # (B, H+2G, T, D)
         q, k, v = qkv.split(self.heads, dim=1)
         if rotary is not None:
             q, k = rope(q, *rotary), rope(k, *rotary)
-        y = attention(q, k, v) if cache is None else cache.attend(self.layer, q, k, v)  # (B, H, T, D)
+        # (B, H, T, D)
+        y = attention(q, k, v, dropout_p=dropout_p) if cache is None else cache.attend(self.layer, q, k, v)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))

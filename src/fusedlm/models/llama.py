@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from fusedlm.kernels import swiglu
+from fusedlm.kernels import RMSNorm, RotaryEmbedding, swiglu
 from fusedlm.models.config import LlamaConfig
 from fusedlm.models.decoder import DecoderModel, check_length
-from fusedlm.models.layers import Attention, Cache, Linear, RMSNorm, Rotary
+from fusedlm.models.layers import Attention, Cache, DropoutState, Linear, add_norm
 
 
 class GatedMLP(nn.Module):
@@ -16,8 +16,7 @@ class GatedMLP(nn.Module):
         self.down = Linear(config.mlp_width, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)  # (B, T, F) each
-        return self.down(swiglu(gate, up))
+        return self.down(swiglu(self.gate_up(x)))  # (B, T, 2F) to (B, T, F)
 
 
 class Block(nn.Module):
@@ -28,17 +27,28 @@ class Block(nn.Module):
         self.norm2 = RMSNorm(config.width, config.norm_eps)
         self.mlp = GatedMLP(config)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
-        x = x + self.attention(self.norm1(x), rotary, cache)
-        return x + self.mlp(self.norm2(x))
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+        cache: Cache | None,
+        dropout: DropoutState,
+    ) -> tuple[Tensor, Tensor]:
+        """What the block before it gave and the residual stream before that; so the sum and the norm are one pass."""
+        layer = self.attention.layer
+        x, residual = add_norm(self.norm1, x, residual, dropout, 2 * layer)
+        x = self.attention(x, rotary, cache, dropout.p)
+        x, residual = add_norm(self.norm2, x, residual, dropout, 2 * layer + 1)
+        return self.mlp(x), residual
 
 
 class Llama(DecoderModel):
     """Llama of any size, and the models that share its architecture (SmolLM2)."""
 
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__(config)
-        self.rotary = Rotary(config)
+    def __init__(self, config: LlamaConfig, dropout: float = 0.0) -> None:
+        super().__init__(config, dropout)
+        self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta, config.rope_scaling)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
 
@@ -46,8 +56,10 @@ class Llama(DecoderModel):
         T = ids.shape[1]
         check_length(self.config, T)
         positions = torch.arange(T, device=ids.device) if cache is None else cache.positions(T)
-        x = self.embedding(ids)  # (B, T, C)
+        dropout, residual = self.dropout_state(ids.device), None
+        options = {"seed": dropout.seed, "stream": 2 * len(self.blocks) + 1}
+        x = self.embedding(ids, dropout_p=dropout.p, **options)  # (B, T, C)
         rotary = self.rotary(positions, torch.promote_types(x.dtype, torch.float32))
         for block in self.blocks:
-            x = block(x, rotary, cache)
-        return self.norm(x)
+            x, residual = block(x, residual, rotary, cache, dropout)
+        return add_norm(self.norm, x, residual, dropout, 2 * len(self.blocks))[0]
