@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fusedlm.inference.decoder import Decoder
 from fusedlm.inference.sampling import Sampler
+from fusedlm.kernels import raise_index_errors
 
 
 class FinishReason(StrEnum):
@@ -54,6 +55,7 @@ def run(
     """Generate for all sequences, in place. Yields after every token the seconds since the start.
 
     Whoever iterates may set a sequence's finish_reason (a stop string was found); stopping to iterate stops the work.
+    Raises ValueError for a token id that the model's embedding does not have.
     """
     start = time.perf_counter()
     logits = decoder.prefill([s.prompt for s in sequences])
@@ -61,6 +63,7 @@ def run(
         sampler.observe(b, s.prompt)
     while True:
         chosen = sampler(logits).tolist()  # waits for the device
+        raise_index_errors()
         details = _logprobs(logits, chosen, logprobs) if logprobs is not None else None
         for b, s in enumerate(sequences):
             if s.finish_reason is not None:

@@ -19,7 +19,9 @@ def attention_ref(
 ) -> Tensor:
     B, H, T, D = q.shape
     G, S = k.shape[1], k.shape[2]
-    square = causal and isinstance(offset, int) and offset == 0 and T == S
+    square = False
+    if causal and isinstance(offset, int) and offset == 0 and T == S:  # so, torch.compile decides and has no SymBool
+        square = True
     mask = None
     if causal and not square and not (isinstance(offset, int) and offset + 1 >= S):  # else every query sees every key
         start = torch.as_tensor(offset, device=q.device).view(-1, 1, 1, 1)  # (B or 1, 1, 1, 1)
