@@ -1,0 +1,74 @@
+"""Run every kernel under NVIDIA's compute-sanitizer: memory errors, then races in shared memory. Needs a GPU.
+
+    python tests/kernels/sanitize.py [NAMES] [--tools memcheck racecheck]
+
+Ops run forward and backward on the contract's shapes, in bf16 and fp32, with every tensor an allocation of its own, so
+that a read past its end is one. The exit status is 1 where something is found, 2 where there is no compute-sanitizer.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import torch
+
+from fusedlm.testing.cases import CASES
+
+DTYPES = (torch.bfloat16, torch.float32)
+FOUND = 86  # the exit status that compute-sanitizer is told to end with
+
+
+def run(names: list[str]) -> None:
+    """The work that is watched."""
+    for name in names:
+        case = CASES[name]
+        for shape in case.shapes:
+            for dtype in DTYPES:
+                made = case.inputs(shape, torch.Generator().manual_seed(0))
+                inputs = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in made.items()}
+                for key, value in inputs.items():
+                    if isinstance(value, torch.Tensor) and value.is_floating_point():
+                        value = value.to(torch.float32 if key in case.fixed else dtype)
+                        inputs[key] = value.requires_grad_(key in case.gradients)
+                result = case.op(**inputs)
+                outputs = [o for o in (result if isinstance(result, tuple) else (result,)) if o is not None]
+                wanted = [o for o in outputs if o.requires_grad]
+                if wanted:
+                    torch.autograd.backward(wanted, [torch.ones_like(o) for o in wanted])
+    torch.cuda.synchronize()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="ops; all where none is named")
+    parser.add_argument("--tools", nargs="*", default=["memcheck", "racecheck"])
+    parser.add_argument("--run", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    names = options.names or list(CASES)
+    if options.run:
+        run(names)
+        return 0
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if sanitizer is None or not torch.cuda.is_available():
+        print("compute-sanitizer and a GPU are needed", file=sys.stderr)
+        return 2
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = [sys.executable, __file__, "--run", *names]
+    subprocess.run(command, check=True, env=environment)  # compiles, so that the watched run need not
+    failed = False
+    for tool in options.tools:
+        start = time.perf_counter()
+        watched = [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "5", *command]
+        done = subprocess.run(watched, env=environment, capture_output=True, text=True)
+        print(f"{tool}: {'clean' if done.returncode == 0 else 'FAILED'}, {time.perf_counter() - start:.0f} s")
+        if done.returncode:
+            failed = True
+            print((done.stdout + done.stderr)[-4000:])
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
