@@ -11,19 +11,30 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
 
-from benchmarks.tables import Row, grouped, option_texts, share, sizes_of
+from benchmarks.tables import (
+    PASSES,
+    PEERS,
+    Group,
+    Row,
+    against_best,
+    by_size,
+    grouped,
+    ops_without_backward,
+    option_texts,
+    share,
+    sizes_of,
+)
 
 # Okabe and Ito's palette, which colour-blind people tell apart; markers differ too.
 STYLES: dict[str, dict[str, Any]] = {
     "fusedlm": {"color": "#D55E00", "marker": "o", "linewidth": 2.4, "zorder": 5},
     "torch": {"color": "#0072B2", "marker": "s"},
+    "torch-topk": {"color": "#56B4E9", "marker": "v"},
     "compile": {"color": "#009E73", "marker": "^"},
     "liger": {"color": "#AA6FB0", "marker": "D"},
 }
-NAMES = {"compile": "torch.compile", "liger": "Liger", "torch": "torch"}
-DIRECTIONS = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 LONGEST_BAR = 3.0  # of the summary
-UPRIGHT = 8  # labels of sizes that stand side by side; more are turned
+ROOMY, UPRIGHT = 5, 8  # labels of sizes that stand side by side: so many in larger type; more than so many are turned
 PIXELS = 160  # an inch; at 9 inches sharp on a page that shows 900 px
 _INK, _PALE = "#333333", "#DDDDDD"
 _RC: Any = {
@@ -71,27 +82,42 @@ def _short_label(shape: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) 
 
 
 def _draw(axes: Axes, values: Mapping[str, Sequence[float | None]], labels: Sequence[str]) -> None:
-    """A line for each variant over sizes that stand side by side."""
-    for name, ys in values.items():
+    """A line for each variant over sizes that stand side by side; a bar for each where there is one size."""
+    for i, (name, ys) in enumerate(values.items()):
         style = {"linewidth": 1.5, "markersize": 5, **STYLES.get(name, {"color": "#888888"})}
+        if len(labels) == 1:
+            axes.bar(i, ys[0] or 0.0, color=style["color"], width=0.6, zorder=2)
+            continue
         at = [i for i, y in enumerate(ys) if y is not None]
-        axes.plot(at, [y for y in ys if y is not None], label=NAMES.get(name, name), clip_on=False, **style)
-    many = len(labels) > UPRIGHT
-    axes.set_xticks(range(len(labels)), labels, fontsize=7 if many else 8, rotation=90 if many else 0)
-    axes.set_xlim(-0.25, len(labels) - 0.75)
+        axes.plot(at, [ys[i] for i in at], label=PEERS.get(name, name), clip_on=False, **style)
+    if len(labels) == 1:
+        axes.set_xticks(range(len(values)), [PEERS.get(name, name) for name in values], fontsize=8)
+        axes.set_xlim(-0.75, len(values) - 0.25)
+    else:
+        many = len(labels) > UPRIGHT
+        axes.set_xticks(range(len(labels)), labels, fontsize=7 + (len(labels) <= ROOMY), rotation=90 if many else 0)
+        axes.set_xlim(-0.25, len(labels) - 0.75)
     axes.grid(axis="y", color=_PALE, linewidth=0.8)
     axes.set_axisbelow(True)
 
 
-def _panels(rows: Iterable[Row]) -> dict[str, list[tuple[Row, dict[str, Row]]]]:
-    """What goes into one pair of panels, by its title: a direction, and an option where shapes have some."""
-    panels: dict[str, list[tuple[Row, dict[str, Row]]]] = {}
-    for ours, peers in grouped(rows):
-        title = ", ".join((DIRECTIONS[ours["direction"]], *option_texts(ours["shape"])))
+def _step_below(value: float) -> float:
+    """The largest of 1, 2, 5, 10, 20, ... and their fractions that is not above a value."""
+    power = 10.0 ** math.floor(math.log10(value))
+    return max(step * power for step in (1, 2, 5) if step * power <= value)
+
+
+def _panels(rows: Iterable[Row]) -> dict[str, list[Group]]:
+    """What goes into one pair of panels, by its title: the pass, and an option where shapes have some."""
+    panels: dict[str, list[Group]] = {}
+    groups = grouped(rows)
+    alone = ops_without_backward(groups)
+    for ours, peers in groups:
+        what = [] if ours["op"] in alone else [PASSES[ours["direction"]]]
+        title = ", ".join((ours["op"], *what, *option_texts(ours["shape"])))
         panels.setdefault(title, []).append((ours, peers))
-    for groups in panels.values():
-        groups.sort(key=lambda group: math.prod(sizes_of(group[0]["shape"]).values()))
-    return {title: panels[title] for title in sorted(panels, key=lambda t: not t.startswith("forward"))}
+    ordered = sorted(panels.items(), key=lambda panel: panel[1][0][0]["direction"] == "backward")
+    return {title: by_size(found) for title, found in ordered}
 
 
 def op_figure(op: str, rows: Iterable[Row]) -> Figure:
@@ -100,6 +126,7 @@ def op_figure(op: str, rows: Iterable[Row]) -> Figure:
     with matplotlib.rc_context(_RC):
         height = 2.75 if max(len(groups) for groups in panels.values()) <= UPRIGHT else 3.5
         figure = Figure(figsize=(9, 0.6 + height * len(panels)), dpi=PIXELS, layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)  # type: ignore[union-attr,call-arg]
         grid = figure.subplots(len(panels), 2, squeeze=False)
         for (title, groups), (left, right) in zip(panels.items(), grid, strict=True):
             variants = list(dict.fromkeys(name for ours, peers in groups for name in (*peers, ours["variant"])))
@@ -118,9 +145,10 @@ def op_figure(op: str, rows: Iterable[Row]) -> Figure:
                 left.set_yscale("log")
                 left.minorticks_off()
                 left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                left.yaxis.set_major_formatter(FuncFormatter(_plain))
+                left.set_ylim(bottom=_step_below(min(every)))
             else:
                 left.set_ylim(0, max(every) * 1.08)
+            left.yaxis.set_major_formatter(FuncFormatter(_plain))
             left.set_ylabel(f"time, {unit}")
             top = max(s for ss in shares.values() for s in ss if s is not None)
             right.set_ylim(0, max(1.05, top * 1.03))
@@ -128,72 +156,86 @@ def op_figure(op: str, rows: Iterable[Row]) -> Figure:
             right.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
             right.set_ylabel(f"share of {limit}")
             for axes in (left, right):
-                axes.set_xlabel(" × ".join(names), fontsize=8)
-            left.set_title(f"{op}, {title}", loc="left", fontsize=11, fontweight="bold")
+                one = f" = {labels[0]}".replace("\n", " ") if len(labels) == 1 else ""
+                axes.set_xlabel(" × ".join(names) + one, fontsize=8)
+            left.set_title(title, loc="left", fontsize=11, fontweight="bold")
         handles = {h.get_label(): h for row in grid for h in reversed(row[0].get_lines())}
-        figure.legend(handles.values(), handles.keys(), loc="outside upper right", ncols=len(handles), frameon=False)
+        if handles:  # bars are named where they stand
+            place: dict[str, Any] = {"loc": "outside upper right", "ncols": len(handles), "frameon": False}
+            figure.legend(handles.values(), handles.keys(), **place)
     return figure
 
 
-def representative(groups: Iterable[tuple[Row, dict[str, Row]]]) -> list[tuple[Row, dict[str, Row]]]:
-    """Of every op and direction one size: the middle one of those it lists first (of those with its first option)."""
-    panels: dict[tuple[str, str], list[tuple[Row, dict[str, Row]]]] = {}
+def _together(groups: Iterable[Group]) -> list[list[Group]]:
+    """Those of an op and a pass that have been compared with anybody, by size."""
+    found: dict[tuple[str, str], list[Group]] = {}
     for ours, peers in groups:
         if peers:
-            panels.setdefault((ours["op"], ours["direction"]), []).append((ours, peers))
-    chosen = []
-    for found in panels.values():
-        options = option_texts(found[0][0]["shape"])
-        alike = [group for group in found if option_texts(group[0]["shape"]) == options]
-        chosen.append(alike[len(alike) // 2])
-    return chosen
+            found.setdefault((ours["op"], ours["direction"]), []).append((ours, peers))
+    return [by_size(some) for some in found.values()]
+
+
+def representative(groups: Sequence[Group]) -> Group:
+    """The middle size of an op and pass (of those with the option that comes first)."""
+    options = option_texts(groups[0][0]["shape"])
+    alike = [group for group in groups if option_texts(group[0]["shape"]) == options]
+    return alike[len(alike) // 2]
 
 
 def summary_figure(rows: Iterable[Row]) -> Figure:
-    """The best peer's time over ours, a bar an op and direction, at one size each."""
+    """The best peer's time over ours: a bar an op and pass at one size, a thin line over all sizes and options."""
     every = grouped(rows)
-    chosen = representative(every)
-    ops = list(dict.fromkeys(ours["op"] for ours, _ in chosen))
-    colors = {"forward": "#E69F00", "backward": "#0072B2", "both": "#009E73"}
-    ticks, ys, widths, notes, kinds = [], [], [], [], []
+    alone = ops_without_backward(every)
+    colors = {"forward": "#E69F00", "backward": "#56B4E9", "both": "#009E73", "alone": "#999999"}
+    texts = {**PASSES, "alone": "has no backward pass"}
+    ticks, ys, widths, spans, notes, kinds = [], [], [], [], [], []
     y = 0.0
-    for op in ops:
-        mine = [(ours, peers) for ours, peers in chosen if ours["op"] == op]
-        label = _short_label(mine[0][0]["shape"], [ours["shape"] for ours, _ in every if ours["op"] == op])
+    compared = _together(every)
+    for op in dict.fromkeys(groups[0][0]["op"] for groups in compared):
+        mine = [groups for groups in compared if groups[0][0]["op"] == op]
+        shapes = [ours["shape"] for ours, _ in every if ours["op"] == op]
+        label = _short_label(representative(mine[0])[0]["shape"], shapes)
         ticks.append((y + (len(mine) - 1) / 2, op, label))
-        for ours, peers in mine:
-            best = min(peers, key=lambda name: peers[name]["seconds"])
-            ratio = peers[best]["seconds"] / ours["seconds"]
+        for groups in mine:
+            ratio, best = against_best(representative(groups))
+            ratios = [against_best(group)[0] for group in groups]
             ys.append(y)
             widths.append(ratio)
-            kinds.append(ours["direction"])
-            notes.append(f"{ratio:.2f}× {NAMES.get(best, best)}")
+            spans.append((min(ratios), max(ratios)))
+            kinds.append("alone" if op in alone else groups[0][0]["direction"])
+            notes.append(f"{ratio:.2f}× {PEERS.get(best, best)}")
             y += 1
-        y += 0.7
-    end = min(max(widths), LONGEST_BAR)
+        y += 0.8
+    longest = max(high for _, high in spans)
+    end = min(longest, LONGEST_BAR)
     with matplotlib.rc_context(_RC):
-        figure = Figure(figsize=(9, 1.0 + 0.235 * y), dpi=PIXELS, layout="constrained")
+        figure = Figure(figsize=(9, 1.1 + 0.205 * y), dpi=PIXELS, layout="constrained")
         axes = figure.subplots()
         axes.barh(ys, [min(w, end) for w in widths], height=0.86, color=[colors[kind] for kind in kinds])
-        for at, width, note in zip(ys, widths, notes, strict=True):
-            tip = (min(max(width, 1), end), at)  # never on the line
-            axes.annotate(note, tip, xytext=(5, 0), textcoords="offset points", va="center", fontsize=8.5)
+        axes.hlines(ys, [min(low, end) for low, _ in spans], [min(high, end) for _, high in spans], color=_INK, lw=1)
+        for at, note in zip(ys, notes, strict=True):
+            axes.annotate(note, (end, at), xytext=(8, 0), textcoords="offset points", va="center", fontsize=8.5)
         axes.axvline(1, color=_INK, linewidth=1)
         axes.set_yticks([])
         for at, op, text in ticks:
-            for shift, label, size, color in ((5, op, 10, _INK), (-6, text, 8, "#777777")):
+            for shift, label, size, color in ((5, op, 10, _INK), (-5.5, text, 8, "#666666")):
                 place: dict[str, Any] = {"xytext": (-6, shift), "textcoords": "offset points", "fontsize": size}
                 axes.annotate(label, (0, at), ha="right", va="center", color=color, **place)
         axes.set_ylim(y - 0.7, -0.7)
-        axes.set_xlim(0, end * 1.22)
+        axes.set_xlim(0, end * 1.25)
+        axes.set_xticks([tick for tick in axes.get_xticks() if tick <= end])
         axes.spines["left"].set_visible(False)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}×"))
-        cut = f" (bars end at {end:g}×)" if max(widths) > end else ""
-        axes.set_xlabel(f"time of the fastest peer over ours: right of the line, ours is faster{cut}")
+        cut = f" (cut at {end:g}×)" if longest > end else ""
+        axes.set_xlabel(
+            "time of the fastest peer over ours: right of 1×, ours is faster\n"
+            f"bars: the size named; thin lines: from the least to the most over all sizes and options{cut}",
+            fontsize=9,
+        )
         present = [kind for kind in colors if kind in kinds]
         bars = [Patch(color=colors[kind]) for kind in present]
         figure.legend(
-            bars, [DIRECTIONS[kind] for kind in present], loc="outside upper right", ncols=len(present), frameon=False
+            bars, [texts[kind] for kind in present], loc="outside upper right", ncols=len(present), frameon=False
         )
     return figure
 

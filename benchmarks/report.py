@@ -1,14 +1,22 @@
-"""`python -m benchmarks report`: write the tables and plots of the docs from the results that are committed."""
+"""`python -m benchmarks report`: write the tables and plots of the docs from the results that are committed.
+
+Two pages are made whole. In all others (and in the README.md beside the folder) what stands between a line
+`<!-- figures: op, op -->` and a line `<!-- end -->` is replaced by these ops' figures, and where the first line is
+`<!-- figures: summary -->` by one sentence and the picture of all ops.
+"""
 
 import argparse
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import embedding_table, host_table, ops_table
+from benchmarks.tables import embedding_table, figures, host_table, ops_table, summary
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
+_BEGIN, _END = re.compile(r"^<!-- figures: *(.*?) *-->$"), "<!-- end -->"
 
 
 def _machine(about: dict[str, Any]) -> str:
@@ -43,6 +51,8 @@ the copy's bandwidth, counting each input read once and each output written once
 torch.compile of them, Liger-Kernel.
 """
     ]
+    if any(row["variant"].startswith("torch-") for row in rows):
+        parts.append("torch-topk and the like are other ways to do it with torch's operators.\n")
     if any(not row.get("graph", True) for row in rows):
         parts.append("\\* waits for the GPU inside, so that it cannot be in a graph; called from the host.\n")
     if any("extra_bytes" in row for row in rows):
@@ -73,6 +83,42 @@ Made by `python -m benchmarks report` from benchmarks/results/ops.json. Sizes ar
 """
 
 
+def fill(page: Path, results: dict[str, Any], docs: Path) -> str | None:
+    """A page with its figures' blocks made anew; None where it has none.
+
+    Raises ValueError for a block without an end, or of an op that was not measured.
+    """
+    about = results["environment"]
+    machine = f"{about['gpu']}, torch {about['torch']}, Triton {about['triton']}"
+    measured = {row["op"] for row in results["rows"]}
+    lines: list[str] = []
+    block = None
+    found = False
+    for line in page.read_text(encoding="utf-8").split("\n"):
+        begin = _BEGIN.match(line)
+        if block is not None and begin:
+            break
+        if block is None:
+            lines.append(line)
+        if begin:
+            block, found = begin[1], True
+        elif block is not None and line == _END:
+            ops = block.split(", ")
+            if block == "summary":
+                made = summary(results["rows"], machine)
+                picture = Path(os.path.relpath(docs / "ops.png", page.parent)).as_posix()
+                made += f"\n\n![Time of the fastest peer over ours, for every op]({picture})"
+            elif set(ops) <= measured:
+                made = figures(results["rows"], ops, machine)
+            else:
+                raise ValueError(f"{page} asks for figures of {block!r}; there are those of {sorted(measured)}")
+            lines += [made, _END]
+            block = None
+    if block is not None:
+        raise ValueError(f"{page}: the figures of {block!r} have no line {_END!r}")
+    return "\n".join(lines) if found else None
+
+
 def _read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -86,6 +132,10 @@ def write_report(results: Path, docs: Path, *, plots: bool = True) -> list[Path]
     pages = {docs / "kernels/results.md": ops_page(ops, names if plots else [], host)}
     if "embedding" in names:
         pages[docs / "kernels/embedding_results.md"] = embedding_page(ops)
+    for page in (docs.parent / "README.md", *sorted(docs.rglob("*.md"))):
+        filled = fill(page, ops, docs) if page not in pages and page.exists() else None
+        if filled is not None:
+            pages[page] = filled
     for path, text in pages.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

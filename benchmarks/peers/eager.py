@@ -100,9 +100,11 @@ def _sample(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
     **_: Any,
 ) -> Tensor:
     """What generation loops do, as transformers' logits processors: each filter masks logits, top-p by sorting."""
+    assert min_p == 0, "no case has it"
     x = logits.float()
     if temperature == 0 or uniform is None:
         return x.argmax(-1)
@@ -123,10 +125,12 @@ def _sample_by_topk(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
     **_: Any,
 ) -> Tensor:
     """A quicker way in torch: top-p among the k that topk has sorted already, and a draw by exponential noise, which
     unlike torch.multinomial does not wait for the GPU."""
+    assert min_p == 0, "no case has it"
     x = logits.float()
     if temperature == 0 or uniform is None:
         return x.argmax(-1)

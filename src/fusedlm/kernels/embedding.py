@@ -121,12 +121,12 @@ def _runs_kernel(
     mask = cols < C
     start = chunk * CHUNK
     end = tl.minimum(start + CHUNK, M)
-    before = tl.load(ids_ptr + start - 1, mask=start > 0, other=-1)
-    after = tl.load(ids_ptr + end, mask=end < M, other=-1)
+    before = tl.load(ids_ptr + start - 1, mask=start > 0, other=-1).to(tl.int64)
+    after = tl.load(ids_ptr + end, mask=end < M, other=-1).to(tl.int64)
     total = tl.zeros((BLOCK_C,), tl.float32)
     for i in range(start, end):
-        v = tl.load(ids_ptr + i)
-        following = tl.load(ids_ptr + i + 1, mask=i + 1 < end, other=-1)
+        v = tl.load(ids_ptr + i).to(tl.int64)
+        following = tl.load(ids_ptr + i + 1, mask=i + 1 < end, other=-1).to(tl.int64)
         token = tl.load(order_ptr + i)
         total += _gradient_row(dy_ptr, token, dy_stride, cols, mask, seed_ptr, stream, threshold, scale, BLOCK_C)
         if v != following:  # the end of a run, or of the chunk
@@ -148,9 +148,9 @@ def _join_kernel(ids_ptr, first_ptr, last_ptr, dw_ptr, M, V, C, CHUNK: tl.conste
     mask = cols < C
     start = chunk * CHUNK
     end = start + CHUNK
-    v = tl.load(ids_ptr + end - 1, mask=end - 1 < M, other=-1)
-    before = tl.load(ids_ptr + start - 1, mask=start > 0, other=-1)
-    after = tl.load(ids_ptr + end, mask=end < M, other=-1)
+    v = tl.load(ids_ptr + end - 1, mask=end - 1 < M, other=-1).to(tl.int64)
+    before = tl.load(ids_ptr + start - 1, mask=start > 0, other=-1).to(tl.int64)
+    after = tl.load(ids_ptr + end, mask=end < M, other=-1).to(tl.int64)
     begins = (v == after) & (v != before) & (v >= 0) & (v < V)
     if begins:
         total = tl.load(last_ptr + chunk * C + cols, mask=mask, other=0.0)
@@ -158,7 +158,7 @@ def _join_kernel(ids_ptr, first_ptr, last_ptr, dw_ptr, M, V, C, CHUNK: tl.conste
         while after == v:
             total += tl.load(first_ptr + i * C + cols, mask=mask, other=0.0)
             i += 1
-            after = tl.load(ids_ptr + i * CHUNK, mask=i * CHUNK < M, other=-1)
+            after = tl.load(ids_ptr + i * CHUNK, mask=i * CHUNK < M, other=-1).to(tl.int64)
         tl.store(dw_ptr + v * C + cols, total.to(dw_ptr.dtype.element_ty), mask=mask)
 
 
@@ -215,6 +215,12 @@ def _embedding(
     return y
 
 
+def _keys(ids: Tensor, V: int) -> Tensor:
+    """ids in one dimension, in as few bytes as tell V rows from others: a radix sort goes over them byte by byte."""
+    narrow = torch.uint8 if V < 2**8 - 1 else torch.int16 if V < 2**15 - 1 else torch.int32
+    return ids.reshape(-1).clamp(-1, V).to(narrow)
+
+
 @operator(fake=lambda dy, ids, V, *_: dy.new_empty((V, dy.shape[-1])))
 def _embedding_backward(dy: Tensor, ids: Tensor, V: int, p: float, seed: Tensor | None, stream: int) -> Tensor:
     """The gradient of a table of V rows that ids, of dy's shape less the last, chose from."""
@@ -222,7 +228,7 @@ def _embedding_backward(dy: Tensor, ids: Tensor, V: int, p: float, seed: Tensor 
     M, C = dy2.shape
     dw = torch.zeros((V, C), dtype=dy.dtype, device=dy.device)
     if M and C:
-        ordered, order = ids.reshape(-1).sort(stable=True)
+        ordered, order = _keys(ids, V).sort(stable=True)
         size = 4 if interpreting() else 32
         chunks = triton.cdiv(M, size)
         first, last = torch.empty((2, chunks, C), dtype=torch.float32, device=dy.device)
@@ -230,8 +236,8 @@ def _embedding_backward(dy: Tensor, ids: Tensor, V: int, p: float, seed: Tensor 
         grid = (chunks, triton.cdiv(C, constants["BLOCK_C"]), 1)
         scalars = (dy2.stride(0), M, V, C, stream, *drop_threshold(p))
         tensors = (dy2, ordered, order, seed, dw, first, last)
-        launch(_runs_kernel, grid, (dy.dtype, seed is None), tensors, scalars, constants)
-        launch(_join_kernel, grid, dy.dtype, (ordered, first, last, dw), (M, V, C), constants)
+        launch(_runs_kernel, grid, (dy.dtype, ordered.dtype, seed is None), tensors, scalars, constants)
+        launch(_join_kernel, grid, (dy.dtype, ordered.dtype), (ordered, first, last, dw), (M, V, C), constants)
     return dw
 
 

@@ -92,8 +92,8 @@ def _loss_kernel(
 
 
 def _chunk_rows(V: int, dtype: torch.dtype) -> int:
-    """Rows a chunk: 4,096 keep the products at full speed; fewer where their logits would take more than 512 MB."""
-    return 5 if interpreting() else max(1024, min(2**29 // (V * dtype.itemsize), 4096) // 1024 * 1024)
+    """Rows a chunk: 4,096 keep the products at full speed; fewer where their logits would take more than 1 GiB."""
+    return 5 if interpreting() else max(1024, min(2**30 // (V * dtype.itemsize), 4096) // 1024 * 1024)
 
 
 def _loss_config(device: torch.device) -> tuple[int, dict[str, int]]:
