@@ -177,7 +177,12 @@ def test_steps_with_a_nonfinite_norm_are_skipped(kernels: Any, bad: float) -> No
         assert float(optimizer.state[params[0]]["step"]) == 3
         optimizer.skip_nonfinite = False
         train(optimizer, 1, before=spoil)
-        assert params[1].isnan().any()
+    theirs = parameters()
+    give_gradients(theirs, 0)
+    spoil(theirs)
+    torch.nn.utils.clip_grad_norm_(theirs, 1.0)  # by a NaN norm all gradients become NaN, by an infinite one some
+    assert all(torch.equal(p.isnan(), t.grad.isnan()) for p, t in zip(params, theirs, strict=True))
+    assert params[1].isnan().any()
 
 
 @pytest.mark.parametrize("kernels", ["triton", "torch"])
@@ -200,6 +205,24 @@ def test_parameters_without_gradients_stay_and_keep_their_step(kernels: Any) -> 
         optimizer.zero_grad()
         assert optimizer.step(lambda: 4.5) == 4.5
         assert error([p.detach().double() for p in params[:3]], truth) < 1e-6
+
+
+def test_groups_have_rates_of_their_own_on_the_device() -> None:
+    groups = two_groups(parameters(torch.float64))
+    truth = train(torch.optim.AdamW([{**g, "lr": 10.0**-i} for i, g in enumerate(groups)]), 2)
+    with backend("triton"):
+        rates = [torch.tensor(10.0**-i, device=DEVICE) for i in range(2)]
+        ours = AdamW([{**g, "lr": rates[i]} for i, g in enumerate(two_groups(parameters()))])
+        assert error(train(ours, 2), truth) < 1e-6
+
+
+def test_the_first_step_is_the_rate_with_the_gradient_s_sign() -> None:
+    """Both corrections divide by what the moments were just multiplied with: 1 - 0.9 and 1 - 0.999, exactly."""
+    with backend("triton"):
+        zeros = [[torch.zeros(40, device=DEVICE)] for _ in range(3)]
+        g = tensors(0, sizes=((40,),))
+        adamw(zeros[0], g, *zeros[1:], step=torch.zeros((), device=DEVICE), lr=1.0, weight_decay=0.0)
+    torch.testing.assert_close(zeros[0][0], -g[0].sign(), rtol=1e-6, atol=0)
 
 
 def test_one_step_counter_for_all_and_masters_for_some() -> None:
@@ -280,7 +303,7 @@ def test_wide_accesses_are_for_aligned_tensors_alone(monkeypatch: pytest.MonkeyP
     def odd(t: Tensor) -> Tensor:
         return torch.cat((t.new_zeros(1), t.flatten()))[1:]
 
-    monkeypatch.setattr(sys.modules["fusedlm.kernels.adamw"], "launch", spy)
+    monkeypatch.setattr(sys.modules["fusedlm.kernels.adamw.step"], "launch", spy)
     for moved in range(5):
         lists = [tensors(i, sizes=((48,), (64,), (47,))) for i in range(4)]
         if moved < 4:
@@ -342,11 +365,11 @@ def test_what_does_not_fit_is_refused() -> None:
         call(exp_avgs=[t.t().contiguous().t() if t.ndim == 2 else t for t in tensors(2)])
     with pytest.raises(ValueError, match=r"params\[0\] .*strides \(80, 2\); expected a tensor without gaps"):
         call(params=[t.repeat_interleave(2, -1)[..., ::2] for t in tensors(0)])
-    with pytest.raises(ValueError, match=r"params\[0\] is torch.float64; the kernels take torch.float32"):
+    with pytest.raises(ValueError, match=r"params\[0\] is torch.float64; expected torch.float32 or torch.bfloat16 or"):
         call(params=tensors(0, torch.float64))
     with pytest.raises(ValueError, match=r"masters\[0\] is torch.float16; expected torch.float32"):
         call(masters=tensors(0, torch.float16))
-    with pytest.raises(ValueError, match=r"step is \(\) torch.int64; expected one element of torch.float32"):
+    with pytest.raises(ValueError, match=r"step 0 is \(\) torch.int64 on .*; expected one element of torch.float32"):
         call(step=torch.zeros((), dtype=torch.int64, device=DEVICE))
     with pytest.raises(ValueError, match=r"step has 2 tensors; expected one for each of the 3 params"):
         call(step=[torch.zeros((), device=DEVICE)] * 2)
@@ -365,6 +388,9 @@ def test_what_does_not_fit_is_refused() -> None:
         AdamW(parameters(), amsgrad=True)
     with pytest.raises(ValueError, match=r"^differentiable is True; expected False"):
         AdamW(parameters(), differentiable=True)
+    sparse = [t.to_sparse() for t in tensors(1)]
+    with pytest.raises(ValueError, match=r"^grads\[0\] is torch.sparse_coo; expected torch.float32 or"):
+        call(grads=sparse)
     theirs = torch.optim.AdamW(parameters(), amsgrad=True)
     with pytest.raises(ValueError, match=r"^amsgrad is True; expected False"):
         AdamW(parameters()).load_state_dict(theirs.state_dict())
@@ -420,6 +446,10 @@ def _shard_worker(rank: int, store: str, out: str) -> None:
         return [t if how is None else distribute_tensor(t.detach(), mesh, how) for t, how in pairs]
 
     for kernels in ("triton", "torch"):
+        whole = tensors(7)[1:]
+        with backend(kernels):  # type: ignore[arg-type]
+            norm = global_norm([distribute_tensor(whole[0], mesh, [Replicate()]), whole[1]])
+        assert float(norm) == pytest.approx(float(torch.cat(whole).double().norm()), rel=1e-6)  # nobody shards anything
         params = [torch.nn.Parameter(p) for p in spread(parameters())]
         with backend(kernels):  # type: ignore[arg-type]
             optimizer = AdamW(params, lr=0.01, eps=0.1, max_norm=0.5)

@@ -1,6 +1,7 @@
 """The masks of dropout: the generator itself, rates, and that nothing shares a mask that should not."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +60,30 @@ def test_rate_and_scale(p: float) -> None:
     kept = y != 0
     assert abs(float((~kept).double().mean()) - p) < 4.5 * math.sqrt(p * (1 - p) / n)
     torch.testing.assert_close(y[kept], torch.full_like(y[kept], 1 / (1 - p)), rtol=2e-4, atol=0)
+
+
+def test_what_goes_is_what_is_below_the_threshold() -> None:
+    """At p = h / 65,536 an element whose bits are h still stays; at the next p it goes."""
+    seed = torch.tensor([2**35 + 11])
+    key = (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
+    words = philox_ref([torch.tensor(n) for n in (0, 0, 0, 5)], key)
+    for j in range(8):
+        half = (int(words[j // 2]) >> 16 * (j % 2)) & 0xFFFF
+        assert _mask(half / 65536, 8, seed=seed.to(DEVICE), stream=5)[j]
+        assert not _mask((half + 1) / 65536, 8, seed=seed.to(DEVICE), stream=5)[j]
+
+
+@pytest.mark.parametrize(("p", "gone"), [(1e-4, 7), (0.1, 6554), (0.3, 19661), (0.99, 64881)])
+@pytest.mark.parametrize("kernels", ["triton", "torch"])
+def test_the_factor_is_that_of_the_rounded_probability(kernels: Any, p: float, gone: int) -> None:
+    """gone of 65,536 values of the bits drop an element: the mean over all values is kept by this factor alone."""
+    seed = torch.tensor([4], device=DEVICE)
+    x = torch.ones(1024, device=DEVICE)
+    with backend(kernels):
+        y = dropout(x, p, seed=seed)
+    kept = y[y != 0].double()
+    assert len(kept)
+    torch.testing.assert_close(kept, torch.full_like(kept, 65536 / (65536 - gone)), rtol=1e-7, atol=0)
 
 
 def test_neighbours_rows_streams_seeds_and_calls_are_independent() -> None:

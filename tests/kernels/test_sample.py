@@ -247,6 +247,15 @@ def test_the_last_token_kept() -> None:
     assert last(torch.cat([torch.tensor([0.0, -0.1, -0.9]), -3 - 0.005 * torch.arange(100.0)]), top_k=8, top_p=0.7) == 1
 
 
+@pytest.mark.parametrize("first", [1, 70])
+@pytest.mark.parametrize("options", [{"top_k": 5}, {"top_p": 0.4}, {"min_p": 0.9}], ids=str)
+def test_the_number_0_draws_the_first_token_kept(options: dict[str, Any], first: int) -> None:
+    """Whatever is filtered out before it: a token, a whole chunk."""
+    x = torch.full((1, 150), -3.0)
+    x[0, first : first + 5] = torch.tensor([2.0, 2.01, 2.02, 2.03, 2.04])
+    assert drawn(x, torch.zeros(1), **options).tolist() == [first + 2 * ("top_p" in options)]
+
+
 def test_the_penalty_of_positive_and_negative_logits() -> None:
     x = torch.tensor([[2.0, -1.0, 1.0, 0.0]]).repeat(3, 1)
     seen = torch.tensor([[True, True, False, False]]).repeat(3, 1)
@@ -267,7 +276,7 @@ def test_greedy_takes_the_first_of_the_highest() -> None:
 @pytest.mark.parametrize("kernels", [True, False])
 def test_rows_without_a_distribution_are_greedy(kernels: bool) -> None:
     x = logits(5, 100)
-    x[0, 80] = x[0, 90] = math.nan
+    x[0, 80], x[0, 90] = -math.nan, math.nan  # the sign of a NaN means nothing
     x[1, 80] = x[1, 90] = math.inf
     x[2] = -math.inf
     x[3, 5], x[3, 70] = math.inf, math.nan
@@ -299,6 +308,9 @@ def test_rows_do_not_depend_on_each_other_or_on_strides() -> None:
     wide[:, 3:73] = x
     assert drawn(wide[:, 3:73], u.repeat_interleave(2)[::2], **options).equal(expected)
     assert drawn(x.t().contiguous().t(), u.double(), **options).equal(expected)
+    seen = torch.rand(2, 90, generator=torch.Generator().manual_seed(2)) < 0.5
+    options |= {"repetition_penalty": 3.0, "seen": seen[:, 5:75]}
+    check_tokens(drawn(x, u, **options), x, u, **options)
 
 
 def test_the_operator_for_compile_is_sound() -> None:
