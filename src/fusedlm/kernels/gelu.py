@@ -35,10 +35,12 @@ def _normal_tail(x):
     """(Phi(-|x|), exp(-x^2 / 2)), the first to a relative error of 3e-5, for x to 13; what fp16 and bf16 can tell.
 
     Phi(-|x|) = exp(-x^2 / 2) * t * P(t), t = 1 / (1 + c |x|): the form of Abramowitz and Stegun 7.1.26 with P and c
-    fitted to the relative error. tl.erf takes several times its arithmetic, more than the memory leaves time for.
+    fitted to the relative error. tl.erf takes several times its arithmetic, more than the memory leaves time for. And t
+    is an inverse root: three instructions with the square, where a division is ten.
     """
     e = tl.exp2(-0.7213475204444817 * x * x)
-    t = 1.0 / (1.0 + 0.3765343 * tl.abs(x))
+    d = 1.0 + 0.3765343 * tl.abs(x)
+    t = tl.rsqrt(d * d)
     tail = t * (0.149700845 + t * (0.158003935 + t * (0.085344235 + t * (0.19789331 - 0.09095657 * t))))
     return tail * e, e
 

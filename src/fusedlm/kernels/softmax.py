@@ -91,13 +91,13 @@ def _long_bwd_kernel(dy_ptr, y_ptr, dx_ptr, dy_stride, y_stride, N, BLOCK_N: tl.
 
 
 @functools.cache
-def _config(N: int) -> tuple[bool, dict[str, int]]:
-    """Whether a row is long, and the constants. 16 numbers a thread."""
+def _config(N: int, most_warps: int) -> tuple[bool, dict[str, int]]:
+    """Whether a row is long, and the constants. 16 numbers a thread, where that is not too many warps."""
     block = triton.next_power_of_2(N)
     longest, long_block = (128, 64) if interpreting() else (32768, 16384)
     if block > longest:
         return True, {"BLOCK_N": long_block, "num_warps": 32}
-    return False, {"BLOCK_N": block, "num_warps": min(max(block // 512, 1), 32)}
+    return False, {"BLOCK_N": block, "num_warps": min(max(block // 512, 1), most_warps)}
 
 
 @operator(fake=lambda x: x.new_empty(x.shape))
@@ -106,7 +106,7 @@ def _softmax(x: Tensor) -> Tensor:
     M, N = x2.shape
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if M and N:
-        long, config = _config(N)
+        long, config = _config(N, 32)
         launch(_long_fwd_kernel if long else _fwd_kernel, (M, 1, 1), x.dtype, (x2, y), (x2.stride(0), N), config)
     return y
 
@@ -117,7 +117,7 @@ def _softmax_backward(dy: Tensor, y: Tensor) -> Tensor:
     M, N = y2.shape
     dx = torch.empty_like(y, memory_format=torch.contiguous_format)
     if M and N:
-        long, config = _config(N)
+        long, config = _config(N, 16)
         kernel = _long_bwd_kernel if long else _bwd_kernel
         launch(kernel, (M, 1, 1), y.dtype, (dy2, y2, dx), (dy2.stride(0), y2.stride(0), N), config)
     return dx
