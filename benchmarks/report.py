@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import embedding_table, figures, host_table, ops_table, summary
+from benchmarks.tables import embedding_table, figures, host_table, ops_table, summary, transformers_table
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
@@ -32,8 +32,14 @@ def refuse_cached(results: dict[str, Any]) -> None:
         raise ValueError(f"peers' figures of {', '.join(cached)} come from a cache; measure without --cache")
 
 
-def ops_page(results: dict[str, Any], plots: list[str], host: dict[str, Any] | None = None) -> str:
-    """docs/kernels/results.md. plots: ops that have one. host: what `benchmarks host` measured."""
+def ops_page(
+    results: dict[str, Any],
+    plots: list[str],
+    host: dict[str, Any] | None = None,
+    transformers: dict[str, Any] | None = None,
+) -> str:
+    """docs/kernels/results.md. plots: ops that have one. host: what `benchmarks host` measured. transformers: what the
+    example did."""
     rows = results["rows"]
     limits = f"A copy of 512 MB moved\n{results['copy_bytes_per_second'] / 1e12:.2f} TB/s in the same run"
     if "matmul_flops_per_second" in results:
@@ -65,6 +71,14 @@ Microseconds until a call at a tiny size returns, medians; "grad" where inputs r
 {_machine(host["environment"])}. Made by `python -m benchmarks host`.
 
 {host_table(host["rows"])}
+""")
+    if transformers is not None:
+        parts.append(f"""## In models of transformers
+
+The same parameters and logits, in bf16, eager, on one {transformers["device"]}; attention and products are the same in
+both. Made by `python examples/kernels_in_transformers.py --json`.
+
+{transformers_table(transformers)}
 """)
     if plots:
         parts.append("## Plots\n")
@@ -127,9 +141,11 @@ def write_report(results: Path, docs: Path, *, plots: bool = True) -> list[Path]
     """Write all that a folder of results gives into docs; returns what was written. plots: needs matplotlib."""
     ops = _read(results / "ops.json")
     refuse_cached(ops)
-    host = _read(results / "host.json") if (results / "host.json").exists() else None
+    host, transformers = (
+        _read(results / name) if (results / name).exists() else None for name in ("host.json", "transformers.json")
+    )
     names = list(dict.fromkeys(row["op"] for row in ops["rows"]))
-    pages = {docs / "kernels/results.md": ops_page(ops, names if plots else [], host)}
+    pages = {docs / "kernels/results.md": ops_page(ops, names if plots else [], host, transformers)}
     if "embedding" in names:
         pages[docs / "kernels/embedding_results.md"] = embedding_page(ops)
     for page in (docs.parent / "README.md", *sorted(docs.rglob("*.md"))):
@@ -153,7 +169,9 @@ def write_report(results: Path, docs: Path, *, plots: bool = True) -> list[Path]
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks report", description=__doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder with ops.json (and host.json)")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="folder with ops.json (and host.json, transformers.json)"
+    )
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder to write into")
     options = parser.parse_args(arguments)
     try:

@@ -240,3 +240,17 @@ def host_table(rows: Iterable[Row]) -> str:
         cells = [f"{times[key] * 1e6:.1f}" if key in times else "" for key in keys]
         lines.append(f"| {op} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def transformers_table(results: Mapping[str, Any]) -> str:
+    """Markdown: models of transformers without and with the kernels, of examples/kernels_in_transformers.py."""
+    lines = ["| model | work | transformers | with the kernels | faster |", "|---|---|---:|---:|---:|"]
+    names = {"forward": "hidden states", "train": "loss and gradients"}
+    for model, found in results.items():
+        for work in names if isinstance(found, Mapping) and "B" in found else ():
+            times = [found[f"{work} {variant} ms"] for variant in ("transformers", "fusedlm")]
+            cells = [model, f"{names[work]}, {found['B']} x {found['T']} tokens"]
+            for variant, ms in zip(("transformers", "fusedlm"), times, strict=True):
+                cells.append(f"{ms:.1f} ms, {found[f'{work} {variant} GiB']:.1f} GiB")
+            lines.append("| " + " | ".join([*cells, f"{times[0] / times[1]:.2f}x"]) + " |")
+    return "\n".join(lines)
