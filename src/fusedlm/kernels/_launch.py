@@ -61,6 +61,35 @@ def launch(
     """
     first = tensors[0]
     assert first is not None
+    device = first.get_device()
+    # As numbers: the driver would be asked about every tensor.
+    pointers = [None if t is None else t.data_ptr() for t in tensors]
+    bits = 0
+    for pointer in pointers:
+        bits |= pointer or 0
+    integers = [i % 16 == 0 or (i == 1 and 2) for i in scalars if type(i) is int]
+    full = (id(kernel), device, key, *constants.values(), *integers)
+    # Which pointers are not aligned is not part of the key: those calls go Triton's own way.
+    found = None if bits & 15 else _compiled.get(full)
+    if found is None or device != torch._C._cuda_getDevice():
+        _launch_slowly(kernel, grid, None if bits & 15 else full, tensors, scalars, constants)
+        return
+    run, function, metadata, values = found
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    run(*grid, stream, function, metadata, None, None, None, *pointers, *scalars, *values)
+
+
+def _launch_slowly(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    full: tuple[Any, ...] | None,
+    tensors: tuple[Tensor | None, ...],
+    scalars: tuple[int | float, ...],
+    constants: dict[str, Any],
+) -> None:
+    """Triton's own way, which compiles; the interpreter; the recorder. full: the key to keep what is compiled under."""
+    first = tensors[0]
+    assert first is not None
     if interpreting():
         kernel[grid](*tensors, *scalars, **constants)
         return
@@ -68,30 +97,12 @@ def launch(
         assert _recorded is not None, "nothing can be launched on the device meta"
         _recorded.append(Launch(kernel, (*tensors, *scalars), constants))
         return
-    device = first.device.index
-    bits = 0
-    pointers: list[int | None] = []  # as numbers: the driver would be asked about every tensor
-    for t in tensors:
-        if t is None:
-            pointers.append(None)
-        else:
-            pointers.append(address := t.data_ptr())
-            bits |= address
-    integers = [i % 16 == 0 or (i == 1 and 2) for i in scalars if type(i) is int]
-    full = (id(kernel), device, key, *constants.values(), *integers)
-    # Which pointers are not aligned is not part of the key: those calls go Triton's own way.
-    found = None if bits % 16 else _compiled.get(full)
-    if found is None or device != torch._C._cuda_getDevice():
-        with torch.cuda.device(device):
-            compiled = kernel[grid](*tensors, *scalars, **constants)
-        if not bits % 16:
-            names = kernel.arg_names[len(tensors) + len(scalars) :]
-            values = tuple([constants[name] for name in names])
-            _compiled[full] = (compiled.run, compiled.function, compiled.packed_metadata, values)
-        return
-    run, function, metadata, values = found
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    run(*grid, stream, function, metadata, None, None, None, *pointers, *scalars, *values)
+    with torch.cuda.device(first.device):
+        compiled = kernel[grid](*tensors, *scalars, **constants)
+    if full is not None:
+        names = kernel.arg_names[len(tensors) + len(scalars) :]
+        values = tuple([constants[name] for name in names])
+        _compiled[full] = (compiled.run, compiled.function, compiled.packed_metadata, values)
 
 
 def rows(x: Tensor) -> Tensor:
