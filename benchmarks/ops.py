@@ -47,8 +47,8 @@ def _figures(case: OpCase, shape: Shape, direction: str, seconds: float, limits:
     rate = elements * case.bench_dtype.itemsize / seconds
     if case.flops is None:
         return {"bytes_per_second": rate, "share_of_copy": rate / limits.copy}
-    assert direction == "both", f"{case.name}: flops are those of a forward and a backward pass"
-    flops = case.flops(shape) / seconds
+    forward, backward = case.flops(shape)
+    flops = {"forward": forward, "backward": backward, "both": forward + backward}[direction] / seconds
     return {"bytes_per_second": rate, "flops_per_second": flops, "share_of_matmul": flops / limits.matmul}
 
 

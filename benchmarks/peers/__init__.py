@@ -20,6 +20,7 @@ def peers_of(case: OpCase, shape: Shape) -> dict[str, Peer]:
     torch._dynamo.reset()
     eager = EAGER.get(case.name, Peer(case.reference))
     peers = {"torch": eager, **MORE.get(case.name, {})}
+    peers = {name: peer for name, peer in peers.items() if peer.takes(shape)}
     compiled = COMPILED.get(case.name, eager)
     if compiled is not None:
         function = torch.compile(compiled.function, dynamic=False)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.peers.attention import CUDNN, FLASH, FLEX
 from benchmarks.peers.peer import Peer
 
 
@@ -150,6 +151,7 @@ EAGER: dict[str, Peer] = {
     "embedding": Peer(_embedding, random=True),
     "cross_entropy": Peer(_cross_entropy),
     "linear_cross_entropy": Peer(_linear_cross_entropy),
+    "attention": FLASH,
     "adamw": Peer(_adamw, writes_inputs=True, random=True),
     "sample": Peer(_sample, random=True, waits=True),
 }
@@ -159,8 +161,12 @@ COMPILED: dict[str, Peer | None] = {
     "cross_entropy": Peer(_cross_entropy_wide),
     "linear_cross_entropy": Peer(_linear_cross_entropy_wide),
     "adamw": None,
+    "attention": None,
     "sample": None,  # torch 2.11 refuses: "NYI TritonSplitDimKernel reductions"
 }
 
 # Other ways to do it in torch, by op and name.
-MORE: dict[str, dict[str, Peer]] = {"sample": {"torch-topk": Peer(_sample_by_topk, random=True)}}
+MORE: dict[str, dict[str, Peer]] = {
+    "sample": {"torch-topk": Peer(_sample_by_topk, random=True)},
+    "attention": {"cudnn": CUDNN, "flex": FLEX},
+}

@@ -114,7 +114,8 @@ def _read(compiled: Any) -> tuple[int, int]:
 def compile_case(case: OpCase, *, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)) -> Iterator[Resources]:
     """Every kernel that an op launches at its shapes to time, for every generation of GPU."""
     seen = set()
-    for shape in case.bench[:: max(1, len(case.bench) // 2)]:  # the smallest, the middle and the largest of many
+    # The smallest, the middle and the largest of many; all where products and so widths decide.
+    for shape in case.bench if case.flops else case.bench[:: max(1, len(case.bench) // 2)]:
         for dtype in dtypes:
             for launch in _launches(case, shape, dtype):
                 types = tuple(a.dtype if isinstance(a, Tensor) else type(a) for a in launch.arguments)

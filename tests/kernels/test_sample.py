@@ -241,6 +241,9 @@ def test_the_last_token_kept() -> None:
     steps = -0.1 * torch.arange(20.0)
     assert last(steps, top_k=8, min_p=0.7) == 3  # min-p among the candidates of top-k: exp(-0.3) = 0.74
     assert last(steps, top_k=8, top_p=0.9999) == 7  # top-p that takes nothing from top-k
+    assert last(steps, top_p=0.6, min_p=0.45) == 7  # top-p's share is of all, also of what min-p takes out afterwards
+    tail = torch.cat([torch.zeros(1), torch.full((139,), -9.0)])  # a 60th of the mass, far down
+    assert last(tail, top_p=0.99) == 139
     uneven = torch.cat([torch.linspace(0, -4, 64), torch.linspace(-6, -7, 64)])  # chunks of unlike mass
     assert last(uneven, top_p=0.7) < 30
     # top-k cuts through a hundred tokens of about the same logit: top-p's share is of what is left

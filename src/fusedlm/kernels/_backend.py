@@ -37,13 +37,9 @@ def use_triton(x: Tensor) -> bool:
     return _forced == "triton"
 
 
-def torch_only(op: str) -> None:
-    """Called by an op that has no Triton kernel, so that a forced backend never falls back silently.
-
-    Raises NotImplementedError inside `backend("triton")`.
-    """
-    if _forced == "triton":
-        raise NotImplementedError(f"{op} has no Triton kernel; use the backend 'auto' or 'torch'")
+def forced() -> Backend:
+    """The backend that is asked for, "auto" where none is."""
+    return _forced
 
 
 @contextmanager

@@ -28,6 +28,19 @@ def keep_mask(seed, stream, row, first_group, threshold, BLOCK: tl.constexpr):
     return halves.to(tl.int32) >= threshold
 
 
+@triton.jit
+def keep_mask_2d(seed, stream, rows, first_group, threshold, BLOCK: tl.constexpr):
+    """(M, BLOCK) bool: keep_mask of each of M rows, (M,) int64."""
+    groups = (first_group + tl.arange(0, BLOCK // 8))[None, :].to(tl.uint32)
+    low = rows[:, None].to(tl.uint32)
+    groups, low = tl.broadcast(groups, low)
+    high = (rows[:, None] >> 32).to(tl.uint32)
+    a, b, c, d = tl.philox(seed, groups, low, high, stream.to(tl.uint32), _ROUNDS)
+    words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (rows.shape[0], BLOCK // 2))
+    halves = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (rows.shape[0], BLOCK))
+    return halves.to(tl.int32) >= threshold
+
+
 def philox_ref(counter: list[Tensor], key: tuple[Tensor, Tensor]) -> list[Tensor]:
     """Four words of random bits from a counter of four words and a key of two. Words: int64, 0 to 2^32 - 1."""
     c, (k0, k1) = counter, key

@@ -37,7 +37,7 @@ class OpCase:
     shapes: for the contract; small, odd, and with more rows than programs.
     gradients: inputs that are differentiated. fixed: floating-point inputs that keep float32 (tables of angles).
     traffic: elements read and written by (forward, backward) at a shape, each input and output once.
-    flops: floating-point operations of a forward and a backward pass, where products and not memory set the limit.
+    flops: floating-point operations of (forward, backward), where products and not memory set the limit.
     bench: shapes to time, in bench_dtype. timed: what is timed where it is not op itself (op copies what timed writes
     into). together: forward and backward are timed as one, because one does the other's work.
     max_ratio, rms_ratio: where an op's rounding differs from the reference's, with why.
@@ -51,7 +51,7 @@ class OpCase:
     gradients: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
     traffic: Callable[[Shape], tuple[int, int]] | None = None
-    flops: Callable[[Shape], int] | None = None
+    flops: Callable[[Shape], tuple[int, int]] | None = None
     bench: tuple[Shape, ...] = ()
     bench_dtype: torch.dtype = torch.bfloat16
     timed: Callable[..., Any] | None = None
@@ -75,12 +75,13 @@ def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _lay_out(t: Tensor, layout: str) -> Tensor:
-    """The same values with other strides."""
+def _lay_out(t: Tensor, layout: str, gap: int) -> Tensor:
+    """The same values with other strides. gap: between rows of a padded tensor, of each another, since an op may read
+    one with the stride of another."""
     if t.ndim == 0:
         return t
     if layout == "padded":  # a slice of something wider, that begins at an odd address
-        wide = torch.full((*t.shape[:-1], t.shape[-1] + 3), math.nan, dtype=t.dtype, device=t.device)
+        wide = torch.full((*t.shape[:-1], t.shape[-1] + gap), math.nan, dtype=t.dtype, device=t.device)
         view = wide[..., 1 : 1 + t.shape[-1]]
         return view.copy_(t)
     if layout == "transposed" and t.ndim > 1:
@@ -193,10 +194,10 @@ def check(
     generator = torch.Generator().manual_seed(seed)
     made = case.inputs(shape, generator)
     inputs: Inputs = {}
-    for name, value in made.items():
+    for gap, (name, value) in enumerate(made.items(), 3):
         if _is_float(value):
             value = (value * (1 if name in case.fixed else scale)).to(torch.float32 if name in case.fixed else dtype)
-            value = _lay_out(value.to(device), layout)
+            value = _lay_out(value.to(device), layout, gap)
         elif isinstance(value, Tensor):
             value = value.to(device)
         inputs[name] = value
@@ -208,7 +209,7 @@ def check(
         floats = [o for o in outputs if o.is_floating_point()]
         random = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in floats]
         cast = [(r * scale).to(o.dtype).to(device) for r, o in zip(random, floats, strict=True)]
-        upstream = [_lay_out(r, gradient_layout) for r in cast]
+        upstream = [_lay_out(r, gradient_layout, gap) for gap, r in enumerate(cast, 3 + len(made))]
         upstream64 = [u.to(torch.float64) for u in upstream]
     truth = _run(case, case.reference, exact, upstream64)
     yardstick = _run(case, case.reference, inputs, upstream)

@@ -1,8 +1,20 @@
 """One `OpCase` an op, a module a family."""
 
-from fusedlm.testing.cases import adamw, cross_entropy, dropout, embedding, gelu, norm, rope, sample, softmax, swiglu
+from fusedlm.testing.cases import (
+    adamw,
+    attention,
+    cross_entropy,
+    dropout,
+    embedding,
+    gelu,
+    norm,
+    rope,
+    sample,
+    softmax,
+    swiglu,
+)
 from fusedlm.testing.contract import OpCase
 
-_FAMILIES = (norm, gelu, swiglu, dropout, rope, softmax, embedding, cross_entropy, adamw, sample)
+_FAMILIES = (norm, gelu, swiglu, dropout, rope, softmax, embedding, cross_entropy, adamw, sample, attention)
 
 CASES: dict[str, OpCase] = {case.name: case for family in _FAMILIES for case in family.CASES}

@@ -59,7 +59,7 @@ CASES = (
         ),
         gradients=("input", "weight"),
         traffic=lambda s: (s["M"] * s["V"], 2 * s["M"] * s["V"]),
-        flops=lambda s: 6 * s["M"] * s["V"] * s["C"],
+        flops=lambda s: (2 * s["M"] * s["V"] * s["C"], 4 * s["M"] * s["V"] * s["C"]),
         # dx is rounded as the gradient of the sum, and once more when it is multiplied by the loss's gradient.
         max_ratio=4.0,
         rms_ratio=1.8,

@@ -1,0 +1,303 @@
+"""Scaled dot-product attention (Vaswani et al. 2017): softmax(q @ k^T * scale + mask) @ v, for each head.
+
+Grouped and multi-query attention (Ainslie et al. 2023): H query heads share G key/value heads, H/G to each.
+Causal: query i of sequence b stands at position offset[b] + i and sees the keys up to there. Packed: a query sees the
+keys of its own sequence. In tiles, with a running maximum and sum, so that no weights are ever in memory (Dao 2023);
+tiles that nobody sees are skipped. Numerics: scores and sums in fp32, weights rounded to the inputs' dtype for the
+second product, one rounding at the store.
+Traffic: q, k, v and the output, once each. Work: 4*H*T*S*D operations forward and 2.5 times that backward, half of it
+where causal.
+"""
+
+import functools
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fusedlm.kernels._backend import forced, interpreting, use_triton
+from fusedlm.kernels._launch import launch
+from fusedlm.kernels._operator import operator
+from fusedlm.kernels._philox import drop_threshold, dropout_seed, keep_mask_ref
+from fusedlm.kernels._triton import triton
+from fusedlm.kernels.attention.backward import delta_kernel, dkv_kernel, dq_kernel
+from fusedlm.kernels.attention.forward import fwd_kernel
+
+MAX_D = 256
+
+
+def attention_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    offset: int | Tensor,
+    scale: float,
+    cu_seqlens: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> Tensor:
+    B, H, T, D = q.shape
+    G, S = k.shape[1], k.shape[2]
+    square = False
+    if causal and isinstance(offset, int) and offset == 0 and T == S:  # so, torch.compile decides and has no SymBool
+        square = cu_seqlens is None
+    mask = None
+    if causal and not square and not (isinstance(offset, int) and offset + 1 >= S):  # else every query sees every key
+        start = torch.as_tensor(offset, device=q.device).view(-1, 1, 1, 1)  # (B or 1, 1, 1, 1)
+        position = start + torch.arange(T, device=q.device).view(-1, 1)
+        mask = torch.arange(S, device=q.device) <= position  # (B or 1, 1, T, S)
+    if cu_seqlens is not None:
+        number = torch.searchsorted(cu_seqlens, torch.arange(T, device=q.device), right=True)
+        same = number.view(-1, 1) == number
+        mask = same if mask is None else mask & same
+    if seed is not None:
+        return _dropped_ref(q, k, v, mask, square, scale, dropout_p, seed, stream)
+    if T == 1 and H != G:  # one query a head: the heads of a group are the rows of one small product
+        grouped = q.reshape(B, G, H // G, D)
+        return F.scaled_dot_product_attention(grouped, k, v, mask, dropout_p, scale=scale).reshape(B, H, 1, -1)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, square, scale=scale, enable_gqa=H != G)
+
+
+def _dropped_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    square: bool,
+    scale: float,
+    p: float,
+    seed: Tensor,
+    stream: int,
+) -> Tensor:
+    """With a mask of ours on the weights, which torch's own attention cannot take."""
+    B, H, T, _ = q.shape
+    k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v))
+    S = k.shape[2]
+    if square:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
+    scores = (q @ k.mT * scale).to(torch.promote_types(q.dtype, torch.float32))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    threshold, factor = drop_threshold(p)
+    keep = keep_mask_ref(seed, stream, B * H * T, S, threshold).view(B, H, T, S)
+    weights = torch.where(keep, scores.softmax(-1).nan_to_num(0.0) * factor, 0.0)
+    return (weights.to(v.dtype) @ v).to(q.dtype)
+
+
+@functools.cache
+def _config(kernel: str, D: int, itemsize: int, drops: bool) -> dict[str, int]:
+    """Blocks of queries and keys, warps, and stages of the pipeline; the largest that need no more registers than there
+    are, on any GPU from sm_80 on."""
+    block_d = max(triton.next_power_of_2(D), 16)
+    if interpreting():
+        return {"BLOCK_D": block_d, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+    size = block_d if itemsize == 2 else 256  # fp32 products take no tensor cores and more of everything
+    m, n, warps, stages = {
+        ("forward", True): (128, 64, 8 if drops else 4, 2 if drops else 3),
+        ("forward", False): (128, 64, 8, 2),
+        ("dq", True): (128, 64, 8, 2),
+        ("dq", False): (128, 32, 8, 2),
+        ("dkv", True): (32, 64, 4, 1) if drops else (32, 128, 8, 1),
+        ("dkv", False): (32, 64, 8, 1),
+    }[kernel, size <= 64]
+    if size > 128:
+        m, n, warps, stages = (64, 32, 8, 1) if kernel == "forward" else (32, 32, 8, 1)
+    return {"BLOCK_D": block_d, "BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+
+
+def _tiled(t: Tensor) -> Tensor:
+    """t, or a copy, with unit stride along D and tokens so near to each other that 32 bits do within a tile."""
+    return t if t.stride(-1) == 1 and t.stride(-2) < 2**24 else t.contiguous()
+
+
+def _tokens_outside(t: Tensor) -> Tensor:
+    """An empty (B, H, T, D) that is (B, T, H, D) in memory: the next product takes heads side by side."""
+    B, H, T, D = t.shape
+    return t.new_empty((B, T, H, D)).transpose(1, 2)
+
+
+def _bounds(cu_seqlens: Tensor, T: int) -> tuple[Tensor, Tensor]:
+    """The first token of each token's sequence and the one behind its last, (T,) int32 each."""
+    number = torch.searchsorted(cu_seqlens, torch.arange(T, device=cu_seqlens.device), right=True)
+    ends = cu_seqlens.to(torch.int32)
+    return ends[number - 1], ends[number.clamp(max=len(ends) - 1)]
+
+
+def _shared(
+    q: Tensor, k: Tensor, offset: Tensor | None, bounds: Any, seed: Tensor | None, options: tuple[Any, ...]
+) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...], dict[str, Any]]:
+    """Tensors, scalars, key and constants that all three kernels take."""
+    (_, H, T, D), (_, G, S, _) = q.shape, k.shape
+    causal, start, scale, p, stream = options
+    tensors = (offset, *(bounds or (None, None)), seed)
+    scalars = (H, H // G, T, S, start, scale, stream, *drop_threshold(p))
+    key = (q.dtype, offset is None, bounds is None, seed is None)
+    # fp32 stays fp32: by itself a product would be of tf32.
+    return tensors, scalars, key, {"D": D, "IS_CAUSAL": causal, "PRECISION": "ieee"}
+
+
+def _fake_attention(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _tokens_outside(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@operator(fake=_fake_attention)
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offset: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    causal: bool,
+    start: int,
+    scale: float,
+    p: float,
+    stream: int,
+) -> tuple[Tensor, Tensor]:
+    """(output, log2 of the sums of exponentials)."""
+    q, k, v = _tiled(q), _tiled(k), _tiled(v)
+    B, H, T, D = q.shape
+    o = _tokens_outside(q)
+    lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
+    if o.numel():
+        bounds = None if cu_seqlens is None else _bounds(cu_seqlens, T)
+        shared, numbers, key, constants = _shared(q, k, offset, bounds, seed, (causal, start, scale, p, stream))
+        config = _config("forward", D, q.itemsize, seed is not None)
+        grid = (B * H * triton.cdiv(T, config["BLOCK_M"]), 1, 1)
+        strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3])
+        launch(fwd_kernel, grid, key, (q, k, v, o, lse, *shared), (*strides, *numbers), constants | config)
+    return o, lse
+
+
+def _fake_attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _tokens_outside(q), _tokens_outside(k), _tokens_outside(v)
+
+
+@operator(fake=_fake_attention_backward)
+def _attention_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    offset: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    causal: bool,
+    start: int,
+    scale: float,
+    p: float,
+    stream: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv)."""
+    q, k, v, do = _tiled(q), _tiled(k), _tiled(v), _tiled(do)
+    (B, H, T, D), (_, G, S, _) = q.shape, k.shape
+    dq, dk, dv = _tokens_outside(q), _tokens_outside(k), _tokens_outside(v)
+    if not o.numel() or not S:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    delta = torch.empty_like(lse)
+    config = _config("dq", D, q.itemsize, seed is not None)
+    blocks = B * H * triton.cdiv(T, config["BLOCK_M"])
+    constants = {"D": D, "BLOCK_D": config["BLOCK_D"], "BLOCK_M": config["BLOCK_M"], "num_warps": 4}
+    scalars: tuple[Any, ...] = (*o.stride()[:3], *do.stride()[:3], H, T)
+    launch(delta_kernel, (blocks, 1, 1), (o.dtype, do.dtype), (o, do, delta), scalars, constants)
+    bounds = None if cu_seqlens is None else _bounds(cu_seqlens, T)
+    shared, numbers, key, constants = _shared(q, k, offset, bounds, seed, (causal, start, scale, p, stream))
+    inputs = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
+    tensors = (q, k, v, do, lse, delta, dq, *shared)
+    launch(dq_kernel, (blocks, 1, 1), key, tensors, (*inputs, *dq.stride()[:3], *numbers), constants | config)
+    config = _config("dkv", D, q.itemsize, seed is not None)
+    grid = (B * G * triton.cdiv(S, config["BLOCK_N"]), 1, 1)
+    tensors = (q, k, v, do, lse, delta, dk, dv, *shared)
+    strides = (*inputs, *dk.stride()[:3], *dv.stride()[:3])
+    launch(dkv_kernel, grid, key, tensors, (*strides, *numbers), constants | config)
+    return dq, dk, dv
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
+        offset, cu_seqlens, seed, *ctx.numbers = options
+        o, lse = _attention(q, k, v, *options)
+        ctx.save_for_backward(q, k, v, o, lse, offset, cu_seqlens, seed)
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor) -> Any:
+        return *_attention_backward(do, *ctx.saved_tensors, *ctx.numbers), *([None] * 8)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    offset: int | Tensor | None = None,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> Tensor:
+    """Attention of T queries over S keys.
+
+    q: (B, H, T, D), any strides. k, v: (B, G, S, D), H a multiple of G, D at most 256 on a GPU. offset: the position of
+    the first query among the keys, an int or one a sequence, (B,) int64; by default S - T, so that the last query sees
+    every key. A query that sees none gives 0. scale: 1/sqrt(D) by default.
+    cu_seqlens: (n + 1,) int32 or int64, for n sequences packed one behind the other into T = S tokens: where each
+    begins, from 0 to T; none sees another. dropout_p: of the weights, while training; with a seed the mask is a
+    function of seed, stream, sequence, head, query and key, see `dropout`, without one it may come from torch's own
+    generator.
+    Returns (B, H, T, D) in q's dtype, (B, T, H, D) in memory. The backward pass gives the same bits at each call.
+    Raises ValueError for what does not fit.
+    """
+    _check(q, k, v)
+    T, S = q.shape[2], k.shape[2]
+    if cu_seqlens is not None and (T != S or offset not in (None, 0) or cu_seqlens.ndim != 1 or len(cu_seqlens) < 2):
+        raise ValueError(
+            f"cu_seqlens is {tuple(cu_seqlens.shape)}, T {T}, S {S}, offset {offset}; expected (n + 1,), and packed "
+            "sequences to be their own keys"
+        )
+    if not training or not drop_threshold(dropout_p)[0]:
+        dropout_p, seed = 0.0, None
+    if offset is None:
+        offset = S - T
+    scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
+    if not use_triton(q) or _torchs_is_faster(seed, cu_seqlens):
+        return attention_ref(
+            q, k, v, causal=causal, offset=offset, scale=scale, cu_seqlens=cu_seqlens, dropout_p=dropout_p, seed=seed,
+            stream=stream,
+        )  # fmt: skip
+    seed = dropout_seed(seed, dropout_p, training, q.device)
+    start, given = (offset, None) if isinstance(offset, int) else (0, offset)
+    arguments = (q, k, v, given, cu_seqlens, seed, causal, start, scale, dropout_p, stream)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _Attention.apply(*arguments)
+    return _attention(*arguments)[0]
+
+
+def _torchs_is_faster(seed: Tensor | None, cu_seqlens: Tensor | None) -> bool:
+    """Whether torch's own attention serves: where it can at all, until ours has been measured beside it."""
+    return forced() == "auto" and seed is None and cu_seqlens is None
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.ndim != 4 or k.shape != v.shape or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"q, k, v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; expected (B, H, T, D) and "
+            "twice (B, G, S, D)"
+        )
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key/value heads")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; expected one dtype")
