@@ -18,7 +18,7 @@ from benchmarks.environment import environment, head
 from fusedlm.hardware import GPU, detect
 from fusedlm.kernels import AdamW
 from fusedlm.models import PRESETS, build_model
-from fusedlm.planner import Training, blas_workspace, training_memory
+from fusedlm.planner import Training, training_memory
 
 FARTHEST = 0.05  # of the measured peak, that a plan may be off
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -91,8 +91,7 @@ def measure(preset: str, training: Training) -> dict[str, int]:
 def row_of(setup: dict[str, Any], gpu: GPU, measured: dict[str, int]) -> dict[str, Any]:
     """A set-up, what was measured and what was planned; off: how far the plan is, as a share of the measured."""
     training = Training(**{name: value for name, value in setup.items() if name != "preset"})
-    machine = {"sms": gpu.sms, "blas_workspace": blas_workspace(gpu.capability)}
-    plan = training_memory(PRESETS[setup["preset"]], training, **machine)
+    plan = training_memory(PRESETS[setup["preset"]], training, gpu)
     planned = {"planned": plan.total, "moment": plan.moment, "parts": dict(plan.parts)}
     return {"setup": setup, **measured, **planned, "off": plan.total / measured["measured"] - 1}
 

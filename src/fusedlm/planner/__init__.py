@@ -1,24 +1,31 @@
-"""Pure arithmetic about models: parameters and bytes. No GPU and no weights are touched."""
+"""Pure arithmetic about models: parameters, operations, memory, tokens, time. No GPU and no weights are touched."""
 
-from fusedlm.models import GPT2Config, ModelConfig, build_model
+from fusedlm.planner.flops import Flops, compute_mfu, flops_per_token
+from fusedlm.planner.memory import largest_batch, training_memory
+from fusedlm.planner.parameters import Parameters, count_parameters, decode_bytes, parameters
+from fusedlm.planner.plan import Plan, make_plan
+from fusedlm.planner.step import blas_workspace
+from fusedlm.planner.tokens import fitted_tokens, optimal_tokens
+from fusedlm.planner.training import ACTIVATIONS, PARTS, Memory, Training, fixed_bytes
 
-__all__ = ["count_parameters", "decode_bytes"]
-
-
-def count_parameters(config: ModelConfig) -> int:
-    """Parameters of a model, positions included and a tied head counted once."""
-    return sum(p.numel() for p in build_model(config, device="meta").parameters())
-
-
-def decode_bytes(config: ModelConfig, *, bytes_per_element: float, context: float, batch: int = 1) -> float:
-    """Bytes that must be read to decode one token for each of `batch` sequences.
-
-    Every matrix once, the head included (the embedding's own where tied); of the other tables only these tokens' rows;
-    keys and values of `context` earlier tokens a sequence, in the same width as the weights.
-    """
-    C = config.width
-    positions = config.context_length * C if isinstance(config, GPT2Config) else 0
-    tables = positions + (0 if config.tied else config.vocab_size * C)
-    rows = batch * C * (2 if positions else 1)
-    cache = 2 * config.n_layers * config.n_kv_heads * config.head_dim * context * batch
-    return bytes_per_element * (count_parameters(config) - tables + rows + cache)
+__all__ = [
+    "ACTIVATIONS",
+    "PARTS",
+    "Flops",
+    "Memory",
+    "Parameters",
+    "Plan",
+    "Training",
+    "blas_workspace",
+    "compute_mfu",
+    "count_parameters",
+    "decode_bytes",
+    "fitted_tokens",
+    "fixed_bytes",
+    "flops_per_token",
+    "largest_batch",
+    "make_plan",
+    "optimal_tokens",
+    "parameters",
+    "training_memory",
+]

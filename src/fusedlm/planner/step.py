@@ -1,0 +1,307 @@
+"""A training step, walked through in the order in which torch allocates and frees.
+
+It follows `models/` and `kernels/` op by op: what each keeps for the backward pass, what it allocates there, and when
+the last reference goes. Sizes are in bytes; M = batch * context tokens, e bytes an element, else the usual letters.
+"""
+
+from fusedlm.hardware import GPU
+from fusedlm.models import GPT2Config, ModelConfig
+from fusedlm.planner.parameters import Layer, parameters
+from fusedlm.planner.training import ACTIVATIONS, PARTS, Memory, Training, fixed_bytes
+
+Held = tuple[str, int]  # a part, or a kind of activation, and bytes
+
+
+class Ledger:
+    """What is allocated, by part and kind of activation, and the most that ever was at once."""
+
+    def __init__(self) -> None:
+        self.now = dict.fromkeys((*(part for part in PARTS if part != "activations"), *ACTIVATIONS), 0)
+        self.most = dict.fromkeys(PARTS, 0)
+        self.total = self.peak = 0
+        self.moment = self.peak_moment = ""
+        self.at_peak = dict(self.now)
+
+    def take(self, what: str, size: float) -> Held:
+        """Allocate, in blocks of 512 bytes as torch does."""
+        rounded = -(-int(size) // 512) * 512
+        self.now[what] += rounded
+        self.total += rounded
+        part = "activations" if what in ACTIVATIONS else what
+        amount = sum(map(self.now.__getitem__, ACTIVATIONS)) if what in ACTIVATIONS else self.now[what]
+        self.most[part] = max(self.most[part], amount)
+        if self.total > self.peak:
+            self.peak, self.peak_moment, self.at_peak = self.total, self.moment, dict(self.now)
+        return what, rounded
+
+    def give(self, *held: Held | None) -> None:
+        """Free; None is nothing."""
+        for what, size in (one for one in held if one is not None):
+            self.now[what] -= size
+            self.total -= size
+            assert self.now[what] >= 0, f"more {what} freed than there were"
+
+    def memory(self) -> Memory:
+        activations = {kind: self.at_peak[kind] for kind in ACTIVATIONS}
+        parts = {part: self.at_peak.get(part, sum(activations.values())) for part in PARTS}
+        return Memory(parts, activations, self.most, self.peak_moment)
+
+
+def logits_rows(vocab_size: int, e: int, M: int) -> int:
+    """Rows of logits at a time: what `linear_cross_entropy` takes."""
+    return min(M, max(1024, min(2**30 // (vocab_size * e), 4096) // 1024 * 1024))
+
+
+class _Step:
+    """Methods are named after what they walk through. Tensors go by the names they have in the models."""
+
+    def __init__(self, config: ModelConfig, training: Training, gpu: GPU) -> None:
+        self.config, self.training, self.gpu = config, training, gpu
+        self.ledger, self.layer, self.parameters = Ledger(), Layer.of(config), parameters(config)
+        self.gpt2 = isinstance(config, GPT2Config)
+        self.M, self.e = training.tokens, training.width
+        self.fp8 = training.dtype == "fp8"
+        self.sharded = training.gpus > 1
+        self.whole: list[Held] = []  # gradients that are not divided yet
+
+        element = self.M * self.e
+        self.x = element * config.width  # (M, C)
+        self.q = element * config.n_heads * config.head_dim  # (M, H * D)
+        self.k = element * config.n_kv_heads * config.head_dim  # (M, G * D)
+        self.qkv = element * config.qkv_width
+        self.up = element * self.layer.up[0]  # (M, F), or (M, 2F) where it holds gate and up
+        self.act = element * config.mlp_width  # (M, F)
+        self.lse = self.M * 4 * config.n_heads
+        self.stats = self.M * 4 * (2 if self.gpt2 else 1)  # rstd, and a mean
+
+    def residual(self, size: float) -> Held:
+        return self.ledger.take("residual", size)
+
+    def attention(self, size: float) -> Held:
+        return self.ledger.take("attention", size)
+
+    def mlp(self, size: float) -> Held:
+        return self.ledger.take("mlp", size)
+
+    def input(self, kind: str, size: float) -> Held:
+        """What one of a block's products keeps for its dw."""
+        return self.ledger.take(kind, size / 2 if self.fp8 else size)
+
+    # Forward
+
+    def block_forward(self, x: Held, first: bool) -> tuple[dict[str, Held], Held]:
+        """x: what the block before gave; the embedding, of the first one. Returns what ops keep, and the output."""
+        kept = {"y1": self.input("residual", self.x)}
+        kept["s1"] = x if first else self.residual(self.x)  # the residual stream is what the norm keeps
+        kept["stats1"] = self.residual(self.stats)
+        if not first and self.training.recompute != "blocks":
+            self.ledger.give(x)
+        kept["qkv"] = self.attention(self.qkv)
+        if not self.gpt2:  # rotated; v remains a view of qkv and holds it
+            kept["q"], kept["k"] = self.attention(self.q), self.attention(self.k)
+        kept["o"], kept["lse"] = self.attention(self.q), self.attention(self.lse)
+        if self.fp8:
+            kept["o8"] = self.input("attention", self.q)
+        a = self.residual(self.x)
+        self.drop(kept, "y1")
+        kept["y2"], kept["s2"] = self.input("residual", self.x), self.residual(self.x)
+        kept["stats2"] = self.residual(self.stats)
+        self.ledger.give(a)
+        kept["up"] = self.mlp(self.up)
+        self.drop(kept, "y2")
+        kept["act"] = self.input("mlp", self.act)
+        y = self.residual(self.x)
+        self.drop(kept, "act")
+        return kept, y
+
+    def drop(self, kept: dict[str, Held], name: str) -> None:
+        """What is cheap to compute again is not kept where so asked."""
+        if self.training.recompute == "cheap":
+            self.ledger.give(kept.pop(name))
+
+    def loss(self, y: Held) -> tuple[Held, Held]:
+        """linear_cross_entropy: the gradients of y and of the head are computed with the loss. y: the last norm."""
+        V, C = self.config.vocab_size, self.config.width
+        take = self.ledger.take
+        dy, dw = take("logits", self.x), take("logits", V * C * 4)  # dw is a sum in fp32
+        losses = take("logits", self.M * 4)
+        chunk = take("logits", logits_rows(V, self.e, self.M) * V * self.e)
+        self.ledger.give(chunk, losses, y)
+        return dy, dw
+
+    # Backward
+
+    def gradient(self, count: int) -> None:
+        """Of `count` parameters of a block. Accumulated, it goes into the sum that is there."""
+        if self.sharded:
+            self.whole.append(self.ledger.take("workspace", count * self.e))
+        elif self.training.accumulate:
+            self.ledger.give(self.ledger.take("workspace", count * self.e))
+        else:
+            self.ledger.take("gradients", count * self.e)
+
+    def divide(self) -> None:
+        """FSDP: of gradients that are whole, and summed over GPUs, each keeps its part."""
+        for held in self.whole:
+            if not self.training.accumulate:
+                self.ledger.take("gradients", held[1] / self.training.gpus)
+            self.ledger.give(held)
+        self.whole = []
+
+    def norm_backward(self, dy: Held, ds: Held | None, s: Held, stats: Held, dropped: bool) -> tuple[Held, Held | None]:
+        """The gradients of the residual and, where there is dropout, of what was added to it; else it is the same."""
+        dr = self.residual(self.x)
+        dx = self.residual(self.x) if dropped else None
+        # Each program's sums of dw (and db); as many programs as fill the GPU with rows of this width.
+        block = 1 << (self.config.width - 1).bit_length()
+        each, warps = (32, 8) if ds is not None else (8, 24) if block <= 1024 else (16, 16)
+        programs = self.gpu.sms * min(max(warps // min(max(block // (32 * each), 1), 32), 1), 16)
+        partial = self.ledger.take("workspace", self.layer.norm * min(self.M, programs) * 4)
+        self.gradient(self.layer.norm)
+        self.ledger.give(partial, dy, ds, s, stats)
+        return dr, dx
+
+    def block_backward(self, kept: dict[str, Held], dr: Held, dx: Held | None, first: bool) -> tuple[Held, Held | None]:
+        """dr: the gradient of the residual stream behind the block. dx: of the block's output, where it is another."""
+        give, layer = self.ledger.give, self.layer
+        if "act" not in kept:
+            kept["act"] = self.input("mlp", self.act)
+        dact = self.mlp(self.act)
+        self.gradient(layer.size(layer.down))
+        give(dx, kept["act"])
+        dup = self.mlp(self.up)
+        give(dact, kept["up"])
+        if "y2" not in kept:
+            kept["y2"] = self.input("residual", self.x)
+        dy = self.residual(self.x)
+        self.gradient(layer.size(layer.up))
+        give(dup, kept["y2"])
+        dr, dx = self.norm_backward(dy, dr, kept["s2"], kept["stats2"], self.training.dropout)
+
+        do = self.attention(self.q)
+        self.gradient(layer.size(layer.out))
+        give(dx, kept.get("o8"))
+        delta = self.attention(self.lse)
+        dq, dk, dv = self.attention(self.q), self.attention(self.k), self.attention(self.k)
+        give(delta, do, *(kept.get(name) for name in ("qkv", "q", "k", "o", "lse")))
+        if not self.gpt2:  # rotated back
+            for name, size in (("k", self.k), ("q", self.q)):
+                rotated = self.attention(size)
+                give(dk if name == "k" else dq)
+                dq, dk = (dq, rotated) if name == "k" else (rotated, dk)
+        side_by_side = self.attention(self.qkv)
+        give(dq, dk, dv)
+        dqkv = self.attention(self.qkv)  # tokens outermost again
+        give(side_by_side)
+        if "y1" not in kept:
+            kept["y1"] = self.input("residual", self.x)
+        dy = self.residual(self.x)
+        self.gradient(layer.size(layer.qkv))
+        give(dqkv, kept["y1"])
+        if first:  # no sum before this norm: the two gradients of the embedding are added in place
+            dx, _ = self.norm_backward(dy, None, kept["s1"], kept["stats1"], False)
+            give(dx)
+        else:
+            dr, dx = self.norm_backward(dy, dr, kept["s1"], kept["stats1"], self.training.dropout)
+        return (dr, None) if first else (dr, dx)
+
+    # The whole step
+
+    def before(self) -> None:
+        """What is there before it begins, and to its end."""
+        training, take = self.training, self.ledger.take
+        for part, size in fixed_bytes(self.config, training).items():
+            take(part, size)
+        if training.accumulate:
+            take("gradients", self.parameters.total * self.e / training.gpus)
+        take("workspace", 2 * blas_workspace(self.gpu))  # for the thread that goes forward and the one that goes back
+        take("workspace", 2 * self.M * 8)  # ids and targets
+        take("workspace", 16 * self.parameters.total / 1024 / training.gpus)  # the optimizer's table of chunks
+        if self.sharded:  # whole: what is in no block, the block that is computed, and the one that comes next
+            blocks = self.config.n_layers * self.layer.total
+            outside = self.parameters.total - blocks
+            take("workspace", (outside + min(2 * self.layer.total, blocks)) * self.e)
+
+    def forward(self) -> tuple[dict[str, Held], list[dict[str, Held]], list[list[Held]]]:
+        """What the last norm keeps and gives, what the blocks keep, and their inputs where those are all they keep."""
+        again = self.training.recompute == "blocks"
+        x = self.residual(self.x)  # the embedding
+        residual: Held | None = None
+        blocks, inputs = [], []
+        for i in range(self.config.n_layers):
+            kept, y = self.block_forward(x, first=i == 0)
+            if again:
+                self.ledger.give(*(kept[name] for name in kept if name != "s2" and (i > 0 or name != "s1")))
+                inputs.append([x] if residual is None else [x, residual])
+                residual = kept["s2"]
+            blocks.append(kept)
+            x = y
+        last = {"y": self.residual(self.x), "s": self.residual(self.x), "stats": self.residual(self.stats)}
+        self.ledger.give(x, residual)
+        return last, blocks, inputs
+
+    def backward(
+        self, last: dict[str, Held], blocks: list[dict[str, Held]], inputs: list[list[Held]], loss: tuple[Held, Held]
+    ) -> None:
+        config, training, ledger = self.config, self.training, self.ledger
+        table, n = config.vocab_size * config.width * self.e, config.n_layers
+        part = "workspace" if self.sharded or training.accumulate else "gradients"
+        ledger.moment = "backward of the loss"
+        dy, head = self.residual(self.x), ledger.take(part, table)
+        ledger.give(*loss)
+        at_once = training.accumulate and not self.sharded  # a gradient is summed as soon as it is whole
+        if at_once and not config.tied:
+            ledger.give(head)
+        zeros = self.residual(self.x)  # for the sum that the last norm gave and nobody took
+        dr, dx = self.norm_backward(dy, zeros, last["s"], last["stats"], training.dropout)
+        self.divide()
+        for i in range(n - 1, -1, -1):
+            ledger.moment = f"backward of block {i + 1} of {n}"
+            kept = blocks.pop()
+            if training.recompute == "blocks":
+                kept, y = self.block_forward(inputs[i][0], first=i == 0)
+                ledger.give(y)
+            dr, dx = self.block_backward(kept, dr, dx, first=i == 0)
+            self.divide()
+            if training.recompute == "blocks" and i > 0:
+                ledger.give(*inputs[i])
+        ledger.moment = "backward of the embedding"
+        if self.parameters.positions:
+            self.gradient(self.parameters.positions)
+        embedding = ledger.take(part, table)
+        chunks = -(-self.M // 32)  # sums of runs of ids that cross chunks; and the ids, sorted
+        ledger.give(ledger.take("workspace", chunks * config.width * 4 * 2 + self.M * 24), dr)
+        if config.tied or at_once:  # added to the head's, or to what there was
+            ledger.give(embedding)
+        if self.sharded:
+            self.whole += [head] if config.tied else [head, embedding]
+            self.divide()
+        elif at_once and config.tied:
+            ledger.give(head)
+
+    def walk(self) -> Memory:
+        ledger, rotary = self.ledger, self.training.context * self.config.head_dim // 2 * 4
+        ledger.moment = "forward"
+        self.before()
+        tables = [] if self.gpt2 else [ledger.take("workspace", rotary) for _ in range(2)]  # cosines and sines
+        last, blocks, inputs = self.forward()
+        ledger.moment = "the loss"
+        loss = self.loss(last.pop("y"))
+        self.backward(last, blocks, inputs, loss)
+        ledger.give(*tables)
+        ledger.moment = "the optimizer's step"
+        ledger.take("workspace", 1)
+        return ledger.memory()
+
+
+def walk(config: ModelConfig, training: Training, gpu: GPU) -> Memory:
+    """The memory of a step, see `fusedlm.planner.training_memory`."""
+    return _Step(config, training, gpu).walk()
+
+
+def blas_workspace(gpu: GPU) -> int:
+    """Bytes that torch gives to cuBLAS, for each thread that calls it: 32 MiB from Hopper on, else 8.1 MiB.
+
+    (":4096:2:16:8" in cuBLAS's own terms. On Blackwell older versions of torch give 8.1 MiB, too.)
+    """
+    return 2**25 if gpu.capability >= (9, 0) else 2 * 4096 * 1024 + 8 * 16 * 1024

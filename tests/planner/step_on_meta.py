@@ -1,0 +1,157 @@
+"""What torch really allocates in a training step, without a GPU: the models on the device "meta", whose tensors have
+sizes and no data, with the Triton kernels' launches left out. Prints the peak of each case as JSON.
+
+    python tests/planner/step_on_meta.py '[{"preset": "gpt2", "batch": 8, "context": 512}]'
+
+A process of its own, for Triton's interpreter must be off. What a GPU does and this does not is replaced below.
+"""
+
+import json
+import sys
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from fusedlm.kernels import AdamW, _launch, backend
+from fusedlm.models import PRESETS, DecoderModel, build_model
+
+# A product of bf16 into fp32, which cuBLAS has and meta has not; it allocates nothing.
+sys.modules["fusedlm.kernels.linear_cross_entropy"]._product_into = lambda *_, **__: None  # type: ignore[attr-defined]
+
+
+class Forgotten(list[Any]):
+    """Launches that are neither run nor recorded: records would hold their tensors."""
+
+    def append(self, launch: Any) -> None:
+        pass
+
+
+_launch._recorded = Forgotten()
+
+
+class Allocations(TorchDispatchMode):
+    """Follows every storage from the operator that makes it to its last reference."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.living: set[int] = set()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.add.Tensor:  # autograd adds gradients in place, but not where a mode looks on
+            func = torch.ops.aten.add_.Tensor
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor) and t.is_meta and t.untyped_storage()._cdata not in self.living:
+                self._made(t.untyped_storage())
+        return out
+
+    def _made(self, storage: Any) -> None:
+        size = -(-storage.nbytes() // 512) * 512
+        self.living.add(storage._cdata)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._freed, storage._cdata, size)
+
+    def _freed(self, key: int, size: int) -> None:
+        self.living.remove(key)
+        self.now -= size
+
+
+def recompute_blocks(model: DecoderModel) -> None:
+    for block in model.blocks:
+
+        def again(*args: Any, forward: Callable[..., Any] = block.forward) -> Any:
+            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
+
+        block.forward = again  # type: ignore[method-assign]
+
+
+class Cheap(saved_tensors_hooks):
+    """Inside, outputs of norms and activations are not saved but computed again from their inputs."""
+
+    def __init__(self, model: DecoderModel) -> None:
+        super().__init__(self._pack, self._unpack)
+        self.module = sys.modules[type(model).__module__]
+        self.name = "gelu" if hasattr(self.module, "gelu") else "swiglu"
+        self.activation = getattr(self.module, self.name)
+        self.norms = [norm for block in model.blocks for norm in (block.norm1, block.norm2)]
+        self.again: dict[int, Callable[[], Tensor]] = {}  # by the storage of what is computed
+
+    def __enter__(self) -> None:
+        setattr(self.module, self.name, self._activate)
+        self.hooks = [norm.register_forward_hook(self._normed) for norm in self.norms]
+        super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        setattr(self.module, self.name, self.activation)
+        for hook in self.hooks:
+            hook.remove()
+
+    def _remember(self, y: Tensor, again: Callable[[], Tensor]) -> None:
+        storage = y.untyped_storage()
+        self.again[storage._cdata] = again
+        weakref.finalize(storage, self.again.pop, storage._cdata)
+
+    def _activate(self, x: Tensor, **options: Any) -> Tensor:
+        y, x = self.activation(x, **options), x.detach()
+        self._remember(y, lambda: self.activation(x, **options))
+        return y
+
+    def _normed(self, norm: Any, args: Any, result: Any) -> None:
+        y, s = result if isinstance(result, tuple) else (result, args[0])
+        s = s.detach()
+        self._remember(y, lambda: norm.forward(s))
+
+    def _pack(self, t: Tensor) -> Any:
+        again = self.again.get(t.untyped_storage()._cdata)
+        return t if again is None else (again, t.shape)
+
+    def _unpack(self, packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        again, shape = packed
+        with torch.no_grad():
+            return again().view(shape)
+
+
+def peak(case: dict[str, Any]) -> int:
+    """Bytes at the peak of a step that is not the first."""
+    config = replace(PRESETS[case["preset"]], **case.get("config", {}))
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[case.get("dtype", "bf16")]
+    with Allocations() as allocations, backend("triton"):
+        model = build_model(config, device="meta", dtype=dtype, dropout=case.get("dropout", 0.0))
+        states = {"fp32": torch.float32, "bf16": torch.bfloat16}[case.get("state_dtype", "fp32")]
+        optimizer = AdamW(
+            model.parameters(), max_norm=1.0, master_weights=case.get("masters", True), state_dtype=states
+        )
+        if case.get("recompute") == "blocks":
+            recompute_blocks(model)
+        for _ in range(3 if case.get("accumulate") else 2):
+            allocations.peak = 0
+            ids, targets = (torch.empty(case["batch"], case["context"], dtype=torch.int64, device="meta"),) * 2
+            targets = torch.empty_like(ids)
+            if case.get("recompute") == "cheap":
+                with Cheap(model):
+                    loss = model.loss(ids, targets)
+            else:
+                loss = model.loss(ids, targets)
+            loss.backward()  # type: ignore[no-untyped-call]
+            del loss
+            optimizer.step()
+            if not case.get("accumulate"):
+                optimizer.zero_grad(set_to_none=True)
+        return allocations.peak
+
+
+if __name__ == "__main__":
+    print(json.dumps([peak(case) for case in json.loads(sys.argv[1])]))
