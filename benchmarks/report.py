@@ -2,7 +2,7 @@
 
 Two pages are made whole. In all others (and in the README.md beside the folder) what stands between a line
 `<!-- figures: op, op -->` and a line `<!-- end -->` is replaced by these ops' figures, and where the first line is
-`<!-- figures: summary -->` by one sentence and the picture of all ops.
+`<!-- figures: summary -->` by one sentence and the picture of all ops, `<!-- figures: decode -->` by one on CPUs.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import embedding_table, figures, host_table, ops_table, summary, transformers_table
+from benchmarks.tables import decode_line, embedding_table, figures, host_table, ops_table, summary, transformers_table
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
@@ -97,8 +97,8 @@ Made by `python -m benchmarks report` from benchmarks/results/ops.json. Sizes ar
 """
 
 
-def fill(page: Path, results: dict[str, Any], docs: Path) -> str | None:
-    """A page with its figures' blocks made anew; None where it has none.
+def fill(page: Path, results: dict[str, Any], docs: Path, decode: dict[str, Any] | None = None) -> str | None:
+    """A page with its figures' blocks made anew; None where it has none. decode: what `fusedlm bench decode` measured.
 
     Raises ValueError for a block without an end, or of an op that was not measured.
     """
@@ -122,6 +122,8 @@ def fill(page: Path, results: dict[str, Any], docs: Path) -> str | None:
                 made = summary(results["rows"], machine)
                 picture = Path(os.path.relpath(docs / "ops.png", page.parent)).as_posix()
                 made += f"\n\n![Time of the fastest peer over ours, for every op]({picture})"
+            elif block == "decode" and decode is not None:
+                made = decode_line(decode)
             elif set(ops) <= measured:
                 made = figures(results["rows"], ops, machine)
             else:
@@ -141,15 +143,16 @@ def write_report(results: Path, docs: Path, *, plots: bool = True) -> list[Path]
     """Write all that a folder of results gives into docs; returns what was written. plots: needs matplotlib."""
     ops = _read(results / "ops.json")
     refuse_cached(ops)
-    host, transformers = (
-        _read(results / name) if (results / name).exists() else None for name in ("host.json", "transformers.json")
+    host, transformers, decode = (
+        _read(results / name) if (results / name).exists() else None
+        for name in ("host.json", "transformers.json", "decode_cpu.json")
     )
     names = list(dict.fromkeys(row["op"] for row in ops["rows"]))
     pages = {docs / "kernels/results.md": ops_page(ops, names if plots else [], host, transformers)}
     if "embedding" in names:
         pages[docs / "kernels/embedding_results.md"] = embedding_page(ops)
     for page in (docs.parent / "README.md", *sorted(docs.rglob("*.md"))):
-        filled = fill(page, ops, docs) if page not in pages and page.exists() else None
+        filled = fill(page, ops, docs, decode) if page not in pages and page.exists() else None
         if filled is not None:
             pages[page] = filled
     for path, text in pages.items():
@@ -170,7 +173,10 @@ def write_report(results: Path, docs: Path, *, plots: bool = True) -> list[Path]
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks report", description=__doc__)
     parser.add_argument(
-        "--results", type=Path, default=RESULTS, help="folder with ops.json (and host.json, transformers.json)"
+        "--results",
+        type=Path,
+        default=RESULTS,
+        help="folder with ops.json (and host.json, transformers.json, decode_cpu.json)",
     )
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder to write into")
     options = parser.parse_args(arguments)

@@ -78,7 +78,6 @@ BAD: list[tuple[list[str], str]] = [
     (["hello", "--logprobs", "2"], "--logprobs is given without --json"),
     (["hello", "--device", "abacus"], "device 'abacus' cannot be used here; expected"),
     (["hello", "--dtype", "float13"], "unknown dtype 'float13'; expected"),
-    (["hello", "--kernels", "triton", "--device", "cpu"], "triton|Triton"),
 ]
 
 

@@ -36,6 +36,8 @@ def load_checkpoint(
 ) -> Checkpoint:
     """The model, tokenizer and generation config of a name (see `sources.resolve`), in dtype on device.
 
+    dtype: torch.int8 keeps matrices in 8 bits, see `load_parameters`.
+
     Raises ValueError for an unknown name, CheckpointError (a ValueError) for what is damaged or not supported.
     """
     path = resolve(name, offline=offline, cache_dir=cache_dir, progress=progress)

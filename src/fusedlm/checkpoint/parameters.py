@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fusedlm.checkpoint.errors import CheckpointError
 from fusedlm.checkpoint.names import NameMap, Piece
 from fusedlm.models import DecoderModel, ModelConfig, build_model
+from fusedlm.models.quantized import Int8Weight
 
 
 class TensorReader(Protocol):
@@ -67,19 +68,29 @@ def load_parameters(
 ) -> DecoderModel:
     """The model of a config with its parameters read from a file, ready for evaluation.
 
+    dtype: torch.int8 makes an `Int8Weight` of every matrix that is read whole at each token, as soon as it has been
+    read, and keeps the rest in float32.
     where: how errors name the file. ignored: tensors there that the model computes by itself.
     Raises CheckpointError where a tensor is missing, unknown or of another shape, before any data is read.
     """
     model = build_model(config, device="meta")
     _check(where, names, ignored, reader, model)
+    quantized = dtype == torch.int8
+    dtype = torch.float32 if quantized else dtype
     model.to(dtype)
     for name, parameter in list(model.named_parameters()):
         full = torch.empty(parameter.shape, dtype=dtype, device=device)
         for piece in names[name]:
             _read_piece(reader, piece, full[piece.start : piece.stop])
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(full))
+        value = Int8Weight.quantize(full) if quantized and _is_product(name, full) else full
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=not quantized))
     return model.eval()
+
+
+def _is_product(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter is a matrix that is read whole at every token, the tied embedding among them."""
+    return parameter.ndim == 2 and name != "positions.weight"
 
 
 def _read_piece(reader: TensorReader, piece: Piece, rows: Tensor) -> None:

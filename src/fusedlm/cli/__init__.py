@@ -4,10 +4,13 @@ import sys
 
 import typer
 
+from fusedlm.cli.bench import bench
 from fusedlm.cli.chat import chat
+from fusedlm.cli.data import data
 from fusedlm.cli.generate import generate
 from fusedlm.cli.models import models
 from fusedlm.cli.output import fail, show_version
+from fusedlm.cli.plan import plan
 
 app = typer.Typer(
     name="fusedlm",
@@ -20,6 +23,9 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(chat)
 app.command()(models)
+app.command()(plan)
+app.add_typer(bench, name="bench")
+app.add_typer(data, name="data")
 
 
 @app.callback()

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from fusedlm.cli import options
-from fusedlm.cli.output import speed_line
+from fusedlm.cli.generate import Quantize, Threads
+from fusedlm.cli.output import say_what_takes_long, speed_line
 
 HELP = """/help          this text
 /reset         forget the conversation
@@ -33,6 +34,8 @@ def chat(
     stop: options.Stop = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantize: Quantize = None,
+    threads: Threads = None,
     kernels: options.Kernels = "auto",
     offline: options.Offline = False,
     cache_dir: options.CacheDir = None,
@@ -52,13 +55,15 @@ def chat(
         "seed": seed,
         "stop": stop or (),
     }
-    language_model = load(model, device=device, dtype=dtype, offline=offline, cache_dir=cache_dir)
+    precision: dict[str, Any] = {"dtype": dtype, "quantize": quantize}
+    language_model = load(model, device=device, threads=threads, offline=offline, cache_dir=cache_dir, **precision)
     session = ChatSession(language_model, system=system, context_length=context_length)
     bandwidth = measure_bandwidth(language_model.device)
     typer.echo(f"{language_model.name}: type a message, or /help", err=True)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # gives input() line editing and history, where the system has it
     with backend(kernels):
+        say_what_takes_long(language_model)
         while True:
             try:
                 line = _ask()

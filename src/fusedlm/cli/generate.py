@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fusedlm.cli import options
-from fusedlm.cli.output import speed_line
+from fusedlm.cli.output import say_what_takes_long, speed_line
 
 if TYPE_CHECKING:
     from fusedlm.inference.generation import Generation
     from fusedlm.inference.language_model import LanguageModel
+
+Quantize = Annotated[str | None, typer.Option(help="int8 keeps the weights in 8 bits, on a CPU.")]
+Threads = Annotated[int | None, typer.Option(help="Of steps on a CPU.", show_default="the cores there are")]
 
 
 def generate(
@@ -35,6 +38,8 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when done.")] = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantize: Quantize = None,
+    threads: Threads = None,
     kernels: options.Kernels = "auto",
     offline: options.Offline = False,
     cache_dir: options.CacheDir = None,
@@ -56,8 +61,10 @@ def generate(
         "seed": seed,
         "stop": stop or (),
     }
-    language_model = load(model, device=device, dtype=dtype, offline=offline, cache_dir=cache_dir)
+    precision: dict[str, Any] = {"dtype": dtype, "quantize": quantize}
+    language_model = load(model, device=device, threads=threads, offline=offline, cache_dir=cache_dir, **precision)
     with backend(kernels):
+        say_what_takes_long(language_model)
         if as_json:
             results = language_model.generate([text], num_samples=num_samples, logprobs=logprobs, **settings)
             assert isinstance(results, list)

@@ -9,6 +9,7 @@ from fusedlm import __version__
 
 if TYPE_CHECKING:
     from fusedlm.inference.generation import Stats
+    from fusedlm.inference.language_model import LanguageModel
 
 
 def fail(error: BaseException) -> NoReturn:
@@ -24,6 +25,14 @@ def show_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"fusedlm {__version__}")
         raise typer.Exit
+
+
+def say_what_takes_long(model: "LanguageModel") -> None:
+    """On a terminal: that the first token waits for the compiler, where it does."""
+    from fusedlm.inference.decoder import first_step_compiles
+
+    if sys.stderr.isatty() and first_step_compiles(model.model):
+        typer.echo("compiling the step for this CPU, once (about 6 s)", err=True)
 
 
 def speed_line(stats: "Stats", bandwidth: float) -> str:

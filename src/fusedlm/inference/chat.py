@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusedlm.inference.decoder import EagerDecoder
+from fusedlm.inference.decoder import make_decoder
 from fusedlm.inference.generation import TextStream
 from fusedlm.inference.language_model import LanguageModel
 from fusedlm.tokenizer.chat import render_chat
@@ -30,7 +30,8 @@ class ChatSession:
             raise ValueError(f"{model.name or 'this model'} has no chat template; expected an instruct model")
         self.model = model
         self._system = system
-        self._decoder = EagerDecoder(model.model, 1, min(context_length, model.context_length))
+        capacity = min(context_length, model.context_length)
+        self._decoder = make_decoder(model.model, 1, capacity, threads=model.threads)
         self.messages: list[dict[str, str]] = []
         self.reset()
 

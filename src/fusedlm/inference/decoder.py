@@ -1,6 +1,7 @@
 """Token ids in, logits out, a step at a time. The eager decoder runs the model as it is written."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fusedlm.inference.cache import KVCache
+from fusedlm.kernels._backend import forced
 from fusedlm.models import DecoderModel
 
 PREFILL_CHUNK = 512  # tokens a pass: long prompts then need no more memory for activations than short ones
@@ -31,6 +33,36 @@ class Decoder(Protocol):
         ...
 
 
+def make_decoder(model: DecoderModel, batch_size: int, capacity: int, *, threads: int | None = None) -> Decoder:
+    """The fastest decoder for a model where it is: compiled steps for one sequence on a CPU, where numba is installed.
+
+    threads: of compiled steps; by default as many as there are cores that this process may use. `backend("torch")`
+    chooses the eager decoder.
+    """
+    if batch_size == 1 and _compiled_steps(model):
+        from fusedlm.inference.compiled import CompiledDecoder
+
+        return CompiledDecoder(model, capacity, threads=threads)
+    return EagerDecoder(model, batch_size, capacity)
+
+
+def first_step_compiles(model: DecoderModel) -> bool:
+    """Whether the first step of one sequence will wait for a compiler, some seconds, because none was here before."""
+    if not _compiled_steps(model):
+        return False
+    from fusedlm.inference.compiled import is_on_disk
+
+    return not is_on_disk()
+
+
+def _compiled_steps(model: DecoderModel) -> bool:
+    if model.embedding.weight.device.type != "cpu" or forced() != "auto" or find_spec("numba") is None:
+        return False
+    from fusedlm.inference.compiled import supports
+
+    return supports(model)
+
+
 class EagerDecoder:
     """Runs the model's own forward pass over a `KVCache`.
 
@@ -48,8 +80,12 @@ class EagerDecoder:
         self._held: list[int] = []  # the tokens of a single sequence's cache
 
     @torch.inference_mode()
-    @sdpa_kernel(_ATTENTION)
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        return self.model.logits(self._read(prompts))
+
+    @sdpa_kernel(_ATTENTION)
+    def _read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Put whole prompts into the cache. Returns what the head takes behind each, (B, C)."""
         lengths = [len(p) for p in prompts]
         start = self._common_prefix(prompts)
         self.cache.truncate(start)
@@ -67,7 +103,7 @@ class EagerDecoder:
             start = end
         self.cache.lengths = lengths
         self._held = list(prompts[0])
-        return self.model.logits(last)
+        return last
 
     @torch.inference_mode()
     @sdpa_kernel(_ATTENTION)

@@ -162,7 +162,7 @@ class Batch:
             token_seconds=[b - a for a, b in pairwise(times)],
             bytes_per_token=decode_bytes(
                 self.model.config,
-                bytes_per_element=weight.element_size(),
+                bytes_per_element=weight.nbytes / weight.numel(),
                 context=len(s.prompt) + n / 2,
                 batch=len(self.sequences),
             ),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedlm.checkpoint.load import load_checkpoint, new_directory, save_checkpoint
-from fusedlm.inference.decoder import Decoder, EagerDecoder
+from fusedlm.inference.decoder import Decoder, make_decoder
 from fusedlm.inference.engine import FinishReason, TokenSequence
 from fusedlm.inference.generation import Batch, Generation, TextStream
 from fusedlm.inference.sampling import Sampler, SamplingParams
@@ -31,8 +31,10 @@ class LanguageModel:
         *,
         generation_config: Mapping[str, Any] | None = None,
         name: str = "",
+        threads: int | None = None,
     ) -> None:
         """generation_config: as in Hugging Face's generation_config.json; its sampling values are the defaults.
+        threads: of steps on a CPU, see `make_decoder`.
 
         Raises ValueError where the tokenizer has more tokens than the embedding has rows.
         """
@@ -45,6 +47,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.generation_config = dict(generation_config or {})
         self.name = name
+        self.threads = threads
 
     @property
     def device(self) -> torch.device:
@@ -165,7 +168,7 @@ class LanguageModel:
         sequences = [_sequence(ids, max_new_tokens, context) for ids in prompts for _ in range(num_samples)]
         if decoder is None:
             capacity = max(len(s.prompt) + s.limit for s in sequences)
-            decoder = EagerDecoder(self.model, len(sequences), capacity)
+            decoder = make_decoder(self.model, len(sequences), capacity, threads=self.threads)
         streams = list(range(num_samples)) * len(prompts)
         sampler = Sampler(params, streams, self.model.config.vocab_size, self.device)
         batch = Batch(
@@ -222,7 +225,8 @@ def load(
     *,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
-    quantize: None = None,
+    quantize: str | None = None,
+    threads: int | None = None,
     offline: bool = False,
     cache_dir: str | Path | None = None,
     progress: bool = True,
@@ -232,26 +236,43 @@ def load(
     name: a Hugging Face directory, a .gguf file, a name that `fusedlm models` lists, or owner/name on the Hub.
     device: "auto" is the GPU where there is one, else the CPU. dtype: "auto" is bfloat16 on a GPU (float16 on one
     older than Ampere) and float32 on a CPU; else float32, bfloat16, float16 or float64.
-    quantize: None, the weights in dtype.
+    quantize: "int8" keeps matrices in 8 bits and all else in float32, on a CPU (see `models.quantized`); None, the
+    weights in dtype.
+    threads: of steps on a CPU; by default as many as there are cores that this process may use.
     offline: never use the network. cache_dir: where downloads go. progress: show them.
     Raises ValueError for a name, device, dtype or quantization that does not exist and for a checkpoint that is
     damaged or not supported; nothing of such a file is used.
     """
-    if quantize is not None:
-        raise ValueError(f"unknown quantization {quantize!r}; expected None")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads is {threads}; expected 1 or more")
     where = resolve_device(device)
     as_dtype = resolve_dtype(dtype, where)
+    check_quantization(quantize, where, as_dtype)
     checkpoint = load_checkpoint(
         name,
-        dtype=as_dtype,
+        dtype=as_dtype if quantize is None else torch.int8,
         device=where,
         offline=offline,
         cache_dir=None if cache_dir is None else Path(cache_dir),
         progress=progress,
     )
     return LanguageModel(
-        checkpoint.model, checkpoint.tokenizer, generation_config=checkpoint.generation_config, name=str(name)
+        checkpoint.model,
+        checkpoint.tokenizer,
+        generation_config=checkpoint.generation_config,
+        name=str(name),
+        threads=threads,
     )
+
+
+def check_quantization(quantize: str | None, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ValueError for a quantization that does not exist, or does not on this device or beside this dtype."""
+    if quantize not in (None, "int8"):
+        raise ValueError(f"unknown quantization {quantize!r}; expected None or 'int8'")
+    if quantize is not None and device.type != "cpu":
+        raise ValueError(f"quantize={quantize!r} is for a CPU, and the device is {device}; expected device='cpu'")
+    if quantize is not None and dtype != torch.float32:
+        raise ValueError(f"quantize={quantize!r} computes in float32, and the dtype is {dtype}; expected 'auto'")
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

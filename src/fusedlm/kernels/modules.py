@@ -93,6 +93,10 @@ class Embedding(nn.Embedding):
         super().__init__(num_embeddings, embedding_dim, **kwargs)
         _only(self, padding_idx=None, max_norm=None, scale_grad_by_freq=False, sparse=False)
 
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # where there is nothing to fill, and torch would import its compiler to say so
+            super().reset_parameters()
+
     def forward(
         self,
         ids: Tensor,

@@ -1,0 +1,1 @@
+"""How fast and how good generation on a CPU is, beside what people use today: `fusedlm bench`."""
