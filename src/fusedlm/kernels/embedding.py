@@ -134,9 +134,9 @@ def _runs_kernel(
             comes = (v == before) & known
             goes = (v == after) & (i + 1 == end) & known & (comes == 0)
             whole = known & (comes == 0) & (goes == 0)
-            tl.store(first_ptr + chunk * C + cols, total, mask=mask & comes)
-            tl.store(last_ptr + chunk * C + cols, total, mask=mask & goes)
-            tl.store(dw_ptr + v * C + cols, total.to(dw_ptr.dtype.element_ty), mask=mask & whole)
+            tl.store(first_ptr + chunk * C + cols, total, mask=cols < tl.where(comes, C, 0))
+            tl.store(last_ptr + chunk * C + cols, total, mask=cols < tl.where(goes, C, 0))
+            tl.store(dw_ptr + v * C + cols, total.to(dw_ptr.dtype.element_ty), mask=cols < tl.where(whole, C, 0))
             total = tl.zeros((BLOCK_C,), tl.float32)
 
 
@@ -176,7 +176,7 @@ def _positions_kernel(
         total += _gradient_row(dy_ptr, token, dy_stride, cols, mask, seed_ptr, stream, threshold, scale, BLOCK_C)
     p = t + offset
     inside = (p >= 0) & (p < S)
-    tl.store(dpos_ptr + p * C + cols, total.to(dpos_ptr.dtype.element_ty), mask=mask & inside)
+    tl.store(dpos_ptr + p * C + cols, total.to(dpos_ptr.dtype.element_ty), mask=cols < tl.where(inside, C, 0))
 
 
 def _columns(C: int) -> dict[str, int]:

@@ -162,7 +162,7 @@ def _bwd_kernel(
         if ds_ptr is not None:
             ds = tl.load(ds_ptr + row * ds_stride + cols, mask=mask, other=0.0)
         next_row = tl.cast(i, tl.int64) + step
-        ahead = mask & (next_row < M)
+        ahead = cols < tl.where(next_row < M, N, 0)
         next_dy = tl.load(dy_ptr + next_row * dy_stride + cols, mask=ahead, other=0.0)
         next_x = tl.load(x_ptr + next_row * x_stride + cols, mask=ahead, other=0.0)
         rstd = tl.load(rstd_ptr + row)
