@@ -1,11 +1,13 @@
-"""The table of GPUs against what their multiprocessors can do in a clock, and the GPU that is there, pretended."""
+"""The table of GPUs against what their multiprocessors can do in a clock; the GPU that is there, pretended; cores."""
 
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fusedlm.hardware import DTYPES, GPU, GPUS, detect, dtype_name, find_gpu
+from fusedlm.hardware import DTYPES, GPU, GPUS, available_cores, detect, dtype_name, find_gpu
 
 # fp16 operations a multiprocessor and clock with fp32 sums, and the boost clock in GHz: of architecture white papers.
 CLOCKS = {
@@ -114,3 +116,16 @@ def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert detect() is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert detect("cpu") is None
+
+
+@pytest.mark.parametrize(
+    ("contents", "expected"), [("max 100000", None), ("100000 100000", 1), ("150000 100000", 2), ("1000 100000", 1)]
+)
+def test_a_containers_share_is_kept(contents: str, expected: int | None, tmp_path: Path) -> None:
+    (tmp_path / "cpu.max").write_text(contents + "\n")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    assert available_cores(tmp_path / "cpu.max") == (cores if expected is None else min(cores, expected))
+
+
+def test_no_container(tmp_path: Path) -> None:
+    assert available_cores(tmp_path / "missing") >= 1

@@ -1,14 +1,18 @@
-"""What a machine can do: a table of GPUs, and what can be measured."""
+"""What a machine can do: a table of GPUs, what can be measured, and the cores that a process may use."""
 
 import difflib
+import math
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 
 DTYPES = ("fp32", "tf32", "bf16", "fp16", "fp8")  # of products; tf32 rounds fp32 inputs, fp8 is E4M3
 _ALIASES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float8_e4m3fn": "fp8"}
+_CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,3 +198,13 @@ def measure_bandwidth(device: torch.device, *, size: int = 1 << 28, repeats: int
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def available_cores(quota: Path = _CGROUP_QUOTA) -> int:
+    """Cores that this process may run on, and no more than a container's share of the time (cgroup v2) comes to."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        share, period = quota.read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return cores
+    return cores if share == "max" else max(1, min(cores, math.ceil(int(share) / int(period))))

@@ -1,6 +1,10 @@
 """GGUF files for tests, by the gguf package's own writer, as llama.cpp's converter names and permutes."""
 
 import math
+import struct
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,19 @@ from gguf import GGMLQuantizationType, GGUFEndian, GGUFWriter
 from torch import Tensor
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
+from fusedlm.checkpoint.gguf import GGUFFile, load_gguf
+from fusedlm.models import DecoderModel
+
 TOKENS = ["<unk>", "a", "b", "é", "日本"]
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 Tensors = dict[str, tuple[np.ndarray, str]]
 
@@ -209,3 +225,53 @@ def _random(kind: Any, config: Any, seed: int) -> Any:
             if p.ndim == 1:
                 p.add_(0.3 * torch.randn_like(p))
     return model.eval()
+
+
+def write_llama(path: Path, model: Any = None, type_name: str = "F32", **options: Any) -> Path:
+    model = model or llama()
+    return write_gguf(path, "llama", llama_metadata(model.config), llama_tensors(model, type_name), **options)
+
+
+def write_gpt2(path: Path, model: Any = None, type_name: str = "F32", **options: Any) -> Path:
+    model = model or gpt2()
+    return write_gguf(path, "gpt2", gpt2_metadata(model.config), gpt2_tensors(model, type_name), **options)
+
+
+def random_blocks(type_name: str, rows: int, width: int) -> np.ndarray:
+    """Any bits, but for scales of ordinary size. Returns (rows, bytes a row) uint8."""
+    r = np.random.default_rng(0)
+    block, size = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
+    n = rows * width // block
+    if type_name in ("F32", "F16", "BF16"):
+        values = r.standard_normal((rows, width)).astype(np.float16 if type_name == "F16" else np.float32)
+        return (
+            values.view(np.uint8)
+            if type_name != "BF16"
+            else values.view(np.uint8).reshape(n, 4)[:, 2:].reshape(rows, -1)
+        )
+    blocks = r.integers(0, 256, (n, size), dtype=np.uint8)
+    halves = {"Q8_0": [0], "Q4_0": [0], "Q5_0": [0], "Q6_K": [208]}.get(type_name, [0, 2])
+    for at in halves:
+        blocks[:, at : at + 2] = r.uniform(-0.1, 0.1, (n, 1)).astype(np.float16).view(np.uint8)
+    return blocks.reshape(rows, -1)
+
+
+def packed(text: str | bytes) -> bytes:
+    """A string as files have it, behind its length."""
+    data = text.encode() if isinstance(text, str) else text
+    return struct.pack("<Q", len(data)) + data
+
+
+def load(path: Path, dtype: torch.dtype = torch.float32) -> DecoderModel:
+    return load_gguf(GGUFFile(path), dtype=dtype, device=torch.device("cpu"))
+
+
+@contextmanager
+def allocating_less_than(size: float) -> Iterator[None]:
+    tracemalloc.start()
+    try:
+        yield
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < size

@@ -1,6 +1,7 @@
 """Tokenizers, texts and small datasets."""
 
 import json
+import os
 import random
 from collections.abc import Callable
 from functools import cache
@@ -97,3 +98,12 @@ def characters_dataset(tmp_path: Path) -> Callable[..., Dataset]:
         return Dataset(output)
 
     return build
+
+
+@pytest.fixture
+def many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks so small that a preparation has many, and can stop between any of them."""
+    monkeypatch.setattr("fusedlm.data.chunks._CHUNK", 2000)
+    for name in ("pieces", "files"):
+        monkeypatch.setattr(f"fusedlm.data.{name}.PIECE", 60)  # so that it also stops within documents
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # each takes a disk 10 ms, and these are thousands

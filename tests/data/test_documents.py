@@ -11,9 +11,12 @@ import pytest
 from tokenizers import Regex, pre_tokenizers
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from fusedlm.data import documents
-from fusedlm.data.documents import JsonLines, Parquet, Piece, Source, TextFile, find_sources, place_after
+from fusedlm.data.documents import Source, find_sources
 from fusedlm.data.errors import DataError
+from fusedlm.data.files import TextFile, place_after
+from fusedlm.data.hub import HubDataset
+from fusedlm.data.pieces import Piece
+from fusedlm.data.tables import JsonLines, Parquet
 from fusedlm.tokenizer.bpe import BPETokenizer
 
 
@@ -34,8 +37,9 @@ def joined(pieces: list[Piece]) -> list[Any]:
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "PIECE", 64)
-    monkeypatch.setattr(documents, "_BLOCK", 50)  # bytes, so that blocks end within characters and separators
+    for name in ("pieces", "files"):
+        monkeypatch.setattr(f"fusedlm.data.{name}.PIECE", 64)
+    monkeypatch.setattr("fusedlm.data.files._BLOCK", 50)  # bytes, so that blocks end within characters and separators
 
 
 def text_of(n: int, seed: int = 0) -> str:
@@ -47,7 +51,7 @@ def text_of(n: int, seed: int = 0) -> str:
 @pytest.fixture(params=["text", "gz", "separator", "jsonl", "jsonl.gz", "parquet"])
 def source(request: pytest.FixtureRequest, tmp_path: Path, small_pieces: None) -> tuple[Source, list[str]]:
     """A source of each kind, and the documents in it."""
-    texts = [text_of(40, seed) for seed in range(8)] + ["short", "x" * 300]
+    texts = [text_of(40, seed) for seed in range(24)] + ["short", "x" * 300]
     if request.param in ("text", "gz"):
         content, texts = "".join(texts).encode(), ["".join(texts)]
         path = tmp_path / ("a.txt.gz" if request.param == "gz" else "a.txt")
@@ -231,8 +235,8 @@ def test_a_hub_dataset_goes_on_behind_any_place(tmp_path: Path, monkeypatch: pyt
         return load("json", data_files={split: files}, split=split, streaming=streaming)
 
     monkeypatch.setattr(datasets, "load_dataset", local)
-    monkeypatch.setattr(documents, "_HUB_STATES", 90)
-    source = documents.HubDataset("owner/name", "sample", "train", revision="0" * 40)
+    monkeypatch.setattr("fusedlm.data.hub._STATES", 90)
+    source = HubDataset("owner/name", "sample", "train", revision="0" * 40)
     pieces = list(source.read())
     assert [piece.content for piece in pieces] == texts
     assert set(asked) == {("owner/name", "sample", "train", "0" * 40, True)}

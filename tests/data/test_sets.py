@@ -2,19 +2,19 @@ import hashlib
 import json
 import socket
 import sysconfig
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from fake_server import FakeHandler, serving
 from huggingface_hub import constants
 
 from fusedlm.checkpoint.errors import CheckpointError
 from fusedlm.data import sets
-from fusedlm.data.documents import HubDataset, TextFile, pinned
 from fusedlm.data.errors import DataError
+from fusedlm.data.files import TextFile
+from fusedlm.data.hub import HubDataset, pinned
 from fusedlm.data.sets import NAMED_SETS, RemoteFile, fetch, python_library, sources_of
 
 CONTENT = b"Before we proceed any further, hear me speak.\n" * 2000
@@ -35,7 +35,7 @@ class Site:
         return RemoteFile(f"{self.address}/input.txt", len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(FakeHandler):
     site: Site
 
     def do_GET(self) -> None:
@@ -46,13 +46,8 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path != "/input.txt":
             self.send_error(404)
             return
-        self.send_response(self.site.status)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content[: len(content) // 2] if self.site.cut else content)
-
-    def log_message(self, *arguments: object) -> None:
-        pass
+        sent = content[: len(content) // 2] if self.site.cut else content
+        self.answer(self.site.status, body=sent, length=len(content))
 
 
 @pytest.fixture
@@ -60,15 +55,8 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     state = Site()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("ThisHandler", (Handler,), {"site": state}))
-    server.daemon_threads = True
-    state.address = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield state
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(Handler, site=state) as state.address:
+        yield state
 
 
 def test_a_file_is_downloaded_once(site: Site, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 import typer
 
 from fusedlm.cli import options
-from fusedlm.cli.generate import Quantize, Threads
 from fusedlm.cli.output import say_what_takes_long, speed_line
 
 HELP = """/help          this text
@@ -34,8 +33,8 @@ def chat(
     stop: options.Stop = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
-    quantize: Quantize = None,
-    threads: Threads = None,
+    quantize: options.Quantize = None,
+    threads: options.Threads = None,
     kernels: options.Kernels = "auto",
     offline: options.Offline = False,
     cache_dir: options.CacheDir = None,

@@ -79,8 +79,8 @@ def prepare(
 ) -> None:
     """Make a dataset of tokens. Stopped, it goes on where it was when the same command is given again."""
     from fusedlm.data.documents import find_sources
-    from fusedlm.data.prepare import CHARACTERS
     from fusedlm.data.prepare import prepare as make
+    from fusedlm.data.recipe import CHARACTERS
     from fusedlm.data.sets import NAMED_SETS
     from fusedlm.data.tokenizers import find_tokenizer
 
@@ -156,7 +156,8 @@ def _sources(
     cache_dir: Path | None,
     offline: bool,
 ) -> "list[Source]":
-    from fusedlm.data.documents import HubDataset, find_sources, pinned
+    from fusedlm.data.documents import find_sources
+    from fusedlm.data.hub import HubDataset, pinned
     from fusedlm.data.sets import sources_of
 
     path = Path(source).expanduser()

@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from fusedlm.inference.generation import Generation
     from fusedlm.inference.language_model import LanguageModel
 
-Quantize = Annotated[str | None, typer.Option(help="int8 keeps the weights in 8 bits, on a CPU.")]
-Threads = Annotated[int | None, typer.Option(help="Of steps on a CPU.", show_default="the cores there are")]
-
 
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The text to continue.", show_default=False)] = None,
@@ -38,8 +35,8 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when done.")] = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
-    quantize: Quantize = None,
-    threads: Threads = None,
+    quantize: options.Quantize = None,
+    threads: options.Threads = None,
     kernels: options.Kernels = "auto",
     offline: options.Offline = False,
     cache_dir: options.CacheDir = None,

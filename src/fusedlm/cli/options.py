@@ -10,6 +10,8 @@ Model = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
+Quantize = Annotated[str | None, typer.Option(help="int8 keeps the weights in 8 bits, on a CPU.")]
+Threads = Annotated[int | None, typer.Option(help="Of steps on a CPU.", show_default="the cores there are")]
 Kernels = Annotated[Literal["auto", "triton", "torch"], typer.Option(help="Which kernels run.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
 CacheDir = Annotated[Path | None, typer.Option(help="Where downloads are kept.", show_default="the user's cache")]

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from fusedlm.data.chat import ChatEncoder
-from fusedlm.data.documents import Piece
 from fusedlm.data.errors import DataError
 from fusedlm.data.format import Kind, token_dtype
+from fusedlm.data.pieces import Piece
 from fusedlm.tokenizer.interface import Tokenizer
 from fusedlm.tokenizer.load import load_tokenizer
 

@@ -14,8 +14,10 @@ from types import MappingProxyType
 
 from fusedlm.checkpoint.downloads import file_sha256, full_disk, is_full_disk, require_space
 from fusedlm.checkpoint.sources import default_cache_dir
-from fusedlm.data.documents import HubDataset, Source, TextFile, pinned
+from fusedlm.data.documents import Source
 from fusedlm.data.errors import DataError
+from fusedlm.data.files import TextFile
+from fusedlm.data.hub import HubDataset, pinned
 
 _ANSWER_SECONDS = 10.0
 

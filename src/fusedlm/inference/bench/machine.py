@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from fusedlm.hardware import measure_bandwidth
-from fusedlm.inference.cores import available_cores
+from fusedlm.hardware import available_cores, measure_bandwidth
 
 
 def describe() -> dict[str, Any]:

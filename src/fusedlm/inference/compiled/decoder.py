@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fusedlm.hardware import available_cores
 from fusedlm.inference.compiled.program import Program
 from fusedlm.inference.compiled.step import TOKENS, run
-from fusedlm.inference.cores import available_cores
 from fusedlm.inference.decoder import EagerDecoder
 from fusedlm.models import GPT2, DecoderModel, Llama
 from fusedlm.models.decoder import check_length

@@ -1,0 +1,205 @@
+"""What the benchmarks make of their figures: tables, pages that are filled, plots."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from benchmark_rows import MACHINE, measured
+
+pytest.importorskip("triton", reason="the benchmarks need Triton")
+
+from benchmarks.report import write_report
+from benchmarks.tables import embedding_table, figures, grouped, ops_table, summary
+
+
+def test_tables() -> None:
+    rows = [measured("fusedlm", 1e-5), measured("torch", 2e-5), measured("liger", 5e-6, graph=False)]
+    rows += [measured("fusedlm", 2e-3, direction="both", extra_bytes=2e9, share_of_matmul=0.75)]
+    rows += [measured("torch", 4e-3, direction="both", extra_bytes=3e6, share_of_matmul=0.4)]
+    assert ops_table(rows[:2]).splitlines() == [
+        "| op | shape | pass | us | share | against |",
+        "|---|---|---|---:|---:|---|",
+        "| op | 4 x 8 | forward | 10.0 | 50% | torch 2.00x |",
+    ]
+    lines = ops_table(rows).splitlines()
+    assert lines[2] == "| op | 4 x 8 | forward | 10.0 | 50% | torch 2.00x, liger 0.50x* |  |"
+    assert lines[3] == "| op | 4 x 8 | both | 2,000 | 75% of matmul | torch 2.00x | 2.00 GB, torch 3.0 MB |"
+    assert [len(peers) for _, peers in grouped(rows)] == [2, 1]
+    shape = {"B": 2, "T": 3, "C": 4, "V": 9, "p": 0.1}
+    rows = [
+        measured(v, t, op="embedding", shape=shape) for v, t in (("fusedlm", 1e-5), ("torch", 3e-5), ("compile", 2e-5))
+    ]
+    assert embedding_table(rows).splitlines()[2] == "| 2 x 3 x 4 | forward | 30.0 | 20.0 | 10.0 | 3.00x | 2.00x |"
+
+
+def test_figures_of_a_page_show_three_sizes_and_tell_of_all() -> None:
+    rows = []
+    for i, size in enumerate((64, 8, 16, 32, 128)):  # the middle one by size is 32
+        for direction in ("forward", "backward"):
+            shape = {"M": 4, "N": size}
+            rows += [measured("fusedlm", 1e-5, shape=shape, direction=direction, share_of_copy=0.5 + i / 10)]
+            rows += [measured("torch", (i + 1) * 1e-5, shape=shape, direction=direction)]
+            rows += [measured("liger", (7 - i) * 1e-5, shape=shape, direction=direction)] if size < 128 else []
+    rows += [measured("fusedlm", 1e-6, op="alone", shape={"B": 2}, share_of_copy=0.004)]
+    rows += [measured("novel", 3e-6, op="alone", shape={"B": 2})]
+    assert figures(rows, ["op"], "a GPU").split("\n") == [
+        "| M x N | pass | us | share of a copy | torch | Liger |",
+        "|---|---|---:|---:|---:|---:|",
+        "| 4 x 8 | forward | 10.0 | 60% | 2.00x | 6.00x |",
+        "| 4 x 8 | backward | 10.0 | 60% | 2.00x | 6.00x |",
+        "| 4 x 32 | forward | 10.0 | 80% | 4.00x | 4.00x |",
+        "| 4 x 32 | backward | 10.0 | 80% | 4.00x | 4.00x |",
+        "| 4 x 128 | forward | 10.0 | 90% | 5.00x |  |",
+        "| 4 x 128 | backward | 10.0 | 90% | 5.00x |  |",
+        "",
+        "op, all 5 sizes: forward 50% to 90%, backward 50% to 90% of the limit; the fastest peer's time over ours: "
+        "forward 1.00 to 5.00, backward 1.00 to 5.00.\\",
+        "a GPU; bfloat16; peers' times over ours.",
+    ]
+    both = figures(rows, ["op", "alone"], "a GPU").split("\n")
+    assert both[0] == "| op | shape | pass | us | share of a copy | torch | Liger | novel |"
+    assert both[8] == "| alone | 2 | forward | 1.0 | 0.4% |  |  | 3.00x |"
+    assert figures(rows, ["alone"], "a GPU").split("\n")[0] == "| B | us | share of a copy | novel |"
+    three = figures([*rows, measured("fusedlm", 1e-6, op="third")], ["op", "alone", "third"], "a GPU").split("\n")
+    assert [line.split(" | ")[:2] for line in three[2:6]] == [
+        ["| op", "4 x 32"],
+        ["| op", "4 x 32"],
+        ["| alone", "2"],
+        ["| third", "4 x 8"],
+    ]
+    assert three[7].startswith("op, all 5 sizes: ")
+
+
+def test_figures_of_products_tell_memory_and_who_waits() -> None:
+    rows = [measured("fusedlm", 2e-3, direction="both", extra_bytes=2e9, share_of_matmul=0.75)]
+    rows += [measured("liger", 4e-3, direction="both", extra_bytes=3e6, share_of_matmul=0.4, graph=False)]
+    lines = figures(rows, ["op"], "a GPU").split("\n")
+    assert lines[0] == "| M x N | pass | us | share of the products' rate | memory | Liger |"
+    assert lines[2] == "| 4 x 8 | forward + backward | 2,000 | 75% | 2.00 GB | 2.00x*, 3.0 MB |"
+    assert lines[4].startswith("a GPU; bfloat16; peers' times over ours. Memory is the most")
+    assert lines[4].endswith("\\* waits for the GPU inside, so it is timed from the host.")
+
+
+def test_the_summary_tells_the_worst_too() -> None:
+    rows = [measured("fusedlm", 1e-5, op=f"op{i}", direction=d) for i in range(4) for d in ("forward", "backward")]
+    for i, row in enumerate(list(rows)):
+        row["share_of_copy"] = 0.6 + 0.1 * i
+        ratio = (0.97, 0.99, 1.2, 1.3, 1.4, 1.5, 1.6, 1.67)[i]  # 0.99 is no slower
+        rows.append(measured("torch", ratio * 1e-5, op=row["op"], direction=row["direction"]))
+        rows.append(measured("compile", 9e-5, op=row["op"], direction=row["direction"]))
+    rows.append(measured("fusedlm", 1e-5, op="alone", share_of_copy=0.01))  # no backward pass: not among the shares
+    assert summary(rows, "a GPU") == (
+        "a GPU: forward passes run at 60% to 120% of the speed of a plain copy, half of them at 90% or more. Of 8 "
+        "measurements, 7 are as fast as the fastest of torch and torch.compile or faster (within 2%), from 0.97x "
+        "(op0 forward) to 1.67x (op3 backward)."
+    )
+
+
+@pytest.fixture
+def pages(tmp_path: Path) -> Path:
+    """A folder of docs with two pages, a README beside it, and the results they are filled from."""
+    (tmp_path / "docs/deep").mkdir(parents=True)
+    rows = [
+        measured(v, t, direction=d) for d in ("forward", "backward") for v, t in (("fusedlm", 1e-5), ("torch", 2e-5))
+    ]
+    results = {"environment": MACHINE, "copy_bytes_per_second": 1e12, "rows": rows}
+    (tmp_path / "ops.json").write_text(json.dumps(results))
+    (tmp_path / "README.md").write_text("# Us\n\n<!-- figures: summary -->\nold\n<!-- end -->\nmore\n")
+    (tmp_path / "docs/deep/op.md").write_text("<!-- figures: op -->\n<!-- end -->\n\nText\n<!-- end -->\n")
+    (tmp_path / "docs/other.md").write_text("Nothing, not even `<!-- figures: op -->`\n")
+    return tmp_path
+
+
+def test_pages_are_filled_between_their_marks(pages: Path) -> None:
+    other = (pages / "docs/other.md").stat().st_mtime_ns
+    for _ in range(2):  # what was filled once is filled again
+        written = write_report(pages, pages / "docs", plots=False)
+        names = {path.relative_to(pages).as_posix() for path in written}
+        assert names == {"README.md", "docs/deep/op.md", "docs/kernels/results.md"}
+        begin, sentence, empty, picture, *end = (pages / "README.md").read_text().split("\n")[2:]
+        assert begin == "<!-- figures: summary -->"
+        assert sentence.startswith("G, torch 2, Triton 3: forward passes run at 50% of the speed of a plain copy. Of 2")
+        assert empty == ""
+        assert picture.endswith("](docs/ops.png)")
+        assert end == ["<!-- end -->", "more", ""]
+        lines = (pages / "docs/deep/op.md").read_text().split("\n")
+        assert "| 4 x 8 | backward | 10.0 | 50% | 2.00x |" in lines
+        assert lines[-6] == "G, torch 2, Triton 3; bfloat16; peers' times over ours."
+        assert lines[-5:] == ["<!-- end -->", "", "Text", "<!-- end -->", ""]
+    assert (pages / "docs/other.md").stat().st_mtime_ns == other
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- figures: op -->\n", "have no line '<!-- end -->'"),
+        ("<!-- figures: op -->\n<!-- figures: op -->\n<!-- end -->\n", "have no line '<!-- end -->'"),
+        ("<!-- figures: summary -->\n<!-- figures: op -->\n", "have no line '<!-- end -->'"),
+        ("<!-- figures: op, pop -->\n<!-- end -->\n", r"asks for figures of 'op, pop'; there are those of \['op'\]"),
+    ],
+)
+def test_pages_that_cannot_be_filled_stay_as_they_are(pages: Path, text: str, message: str) -> None:
+    (pages / "docs/z.md").write_text(text)
+    before = (pages / "README.md").read_text()
+    with pytest.raises(ValueError, match=message):
+        write_report(pages, pages / "docs", plots=False)
+    assert (pages / "docs/z.md").read_text() == text
+    assert (pages / "README.md").read_text() == before
+
+
+def test_there_is_no_summary_of_what_nobody_was_compared_with() -> None:
+    with pytest.raises(ValueError, match="no forward pass beside a peer"):
+        summary([measured("fusedlm", 1e-5)], "a GPU")
+
+
+RESULTS = Path(__file__).parents[1] / "benchmarks/results"
+
+
+def test_the_committed_report_is_that_of_the_committed_results(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    shutil.copytree(root / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("*.png"))
+    shutil.copy(root / "README.md", tmp_path)
+    for path in write_report(RESULTS, tmp_path / "docs", plots=False):
+        made = path.read_text(encoding="utf-8").split("## Plots")[0].rstrip()
+        committed = (root / path.relative_to(tmp_path)).read_text(encoding="utf-8").split("## Plots")[0].rstrip()
+        assert made == committed, f"{path.name}: run python -m benchmarks report"
+
+
+def test_plots(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install '.[bench]'")
+    from benchmarks.plots import LONGEST_BAR, op_figure, summary_figure
+
+    rows = []
+    for i, size in enumerate((768, 1024, 2048)):
+        for option in ("tanh", "none"):
+            shape = {"M": 64, "N": size, "approximate": option}
+            for direction in ("forward", "backward"):
+                rows += [measured("fusedlm", (i + 1) * 1e-5, shape=shape, direction=direction)]
+                rows += [measured("torch", (i + 1) * 8e-5, shape=shape, direction=direction)]
+    figure = op_figure("op", rows)
+    titles = [axes.get_title("left") for axes in figure.axes if axes.get_title("left")]
+    assert titles == [f"op, {d}, approximate={o}" for d in ("forward", "backward") for o in ("tanh", "none")]
+    ours = next(line for line in figure.axes[0].get_lines() if line.get_label() == "fusedlm")
+    assert list(ours.get_ydata()) == pytest.approx([10, 20, 30])
+    assert figure.axes[0].get_ylabel() == "time, µs"
+    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["768", "1024", "2048"]
+    bars = summary_figure(rows).axes[0].patches
+    assert [bar.get_width() for bar in bars] == [LONGEST_BAR] * 2  # 8 times, cut
+    spread = [measured(v, t, shape={"N": n}) for n in (1, 2, 3) for v, t in (("fusedlm", 1.0), ("torch", 2.0 / n))]
+    axes = summary_figure(spread).axes[0]
+    assert [bar.get_width() for bar in axes.patches] == [1.0]  # the middle size
+    assert axes.collections[0].get_segments()[0].tolist() == pytest.approx(np.array([[2 / 3, 0], [2, 0]]))
+    single = op_figure("op", spread[:2])
+    assert single.axes[0].get_title("left") == "op"  # without a backward pass there is nothing to tell apart
+    assert [bar.get_height() for bar in single.axes[0].patches] == [2000, 1000]
+    (tmp_path / "ops.json").write_text(
+        json.dumps({"environment": MACHINE, "copy_bytes_per_second": 1e12, "rows": rows})
+    )
+    written = write_report(tmp_path, tmp_path / "docs")
+    assert {p.name for p in written} == {"results.md", "op.png", "ops.png"}
+    assert all(p.stat().st_size > 500 for p in written)
+    first = (tmp_path / "docs/ops.png").read_bytes()
+    write_report(tmp_path, tmp_path / "docs")
+    assert (tmp_path / "docs/ops.png").read_bytes() == first
