@@ -45,7 +45,7 @@ def run_job(job: Job, device: str = "cuda") -> float:
             if options["dtype"] == job.dtype:
                 check(case, shape, device=where, **options)
     elif job.kind == "check":
-        check(case, case.bench[job.shape], dtype=case.bench_dtype, device=where)
+        check(case, case.checked(case.bench[job.shape]), dtype=case.bench_dtype, device=where)
     else:
         assert job.kind == "compile", job.kind
         made = make_inputs(case, case.bench[job.shape], 0, where)

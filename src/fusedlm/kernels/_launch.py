@@ -20,6 +20,7 @@ from fusedlm.kernels._triton import triton
 
 _compiled: dict[Any, Any] = {}
 _recorded: list["Launch"] | None = None
+_recorded_capability = 90
 
 
 @dataclass(frozen=True)
@@ -32,17 +33,19 @@ class Launch:
 
 
 @contextmanager
-def record_launches() -> Iterator[list[Launch]]:
+def record_launches(capability: int = 90) -> Iterator[list[Launch]]:
     """Inside, ops on the device "meta" (under `backend("triton")`) record what they would launch, and run nothing.
 
     For compiling kernels for GPUs that are not there, with the very arguments and constants they are launched with.
+    capability: of such a GPU, 10 * major + minor.
     """
-    global _recorded
-    before, _recorded = _recorded, []
+    global _recorded, _recorded_capability
+    before = _recorded, _recorded_capability
+    _recorded, _recorded_capability = [], capability
     try:
         yield _recorded
     finally:
-        _recorded = before
+        _recorded, _recorded_capability = before
 
 
 def launch(
@@ -105,6 +108,20 @@ def _launch_slowly(
         _compiled[full] = (compiled.run, compiled.function, compiled.packed_metadata, values)
 
 
+def launch_described(kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], constants: Any) -> None:
+    """Run a Gluon kernel that takes descriptors of tensors, Triton's own way.
+
+    arguments: descriptors, tensors, None, and numbers; the first is a descriptor.
+    """
+    device = arguments[0].base.device
+    if device.type == "meta":
+        assert _recorded is not None, "nothing can be launched on the device meta"
+        _recorded.append(Launch(kernel, arguments, constants))
+        return
+    with torch.cuda.device(device):
+        kernel[grid](*arguments, **constants)
+
+
 def rows(x: Tensor) -> Tensor:
     """x as (M, N) with unit stride along N; copies only where it must."""
     if x.ndim == 2 and x.stride(1) == 1:
@@ -132,6 +149,19 @@ def elementwise_config(M: int, N: int) -> tuple[dict[str, int], tuple[int, int, 
     """Constants and grid of kernels that go element by element: 8 a thread, one dimension of blocks row by row."""
     block = 64 if interpreting() else 1024
     return {"BLOCK_N": block, "num_warps": 4}, (M * triton.cdiv(N, block), 1, 1)
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def capability(device: torch.device) -> int:
+    """The generation of a GPU, 10 * major + minor; on the device "meta" that of the one recorded for; 0 on a CPU."""
+    if device.type == "cuda":
+        return _capability(device)
+    return _recorded_capability if device.type == "meta" else 0
 
 
 @functools.cache

@@ -29,16 +29,33 @@ def keep_mask(seed, stream, row, first_group, threshold, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def keep_mask_2d(seed, stream, rows, first_group, threshold, BLOCK: tl.constexpr):
-    """(M, BLOCK) bool: keep_mask of each of M rows, (M,) int64."""
-    groups = (first_group + tl.arange(0, BLOCK // 8))[None, :].to(tl.uint32)
-    low = rows[:, None].to(tl.uint32)
-    groups, low = tl.broadcast(groups, low)
-    high = (rows[:, None] >> 32).to(tl.uint32)
-    a, b, c, d = tl.philox(seed, groups, low, high, stream.to(tl.uint32), _ROUNDS)
-    words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (rows.shape[0], BLOCK // 2))
-    halves = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (rows.shape[0], BLOCK))
-    return halves.to(tl.int32) >= threshold
+def tile_key(seed, stream, head):
+    """The key of `keep_tile` for one head of one sequence: a word of Philox4x32."""
+    zero = tl.zeros((1,), tl.uint32)
+    low = (head + tl.zeros((1,), tl.int64)).to(tl.uint32)
+    a, _, _, _ = tl.philox(seed, low, zero, zero, stream.to(tl.uint32), _ROUNDS)
+    return tl.max(a, 0)
+
+
+@triton.jit
+def keep_tile(key, row, column, threshold, M: tl.constexpr, N: tl.constexpr):
+    """(M, N) bool: which elements stay, of rows from row on and columns from column on, multiples of 16.
+
+    Philox2x32 of counter (pair of columns, pair of rows): 64 bits for the 4 elements of rows r, r + 8 and columns c,
+    c + 8. A thread that holds a piece of a product's result holds such elements together, whether the tile stands or
+    lies on its side; so no bits move between threads.
+    """
+    b = (row // 2 + tl.arange(0, M // 2))[:, None].to(tl.uint32)
+    a = (column // 2 + tl.arange(0, N // 2))[None, :].to(tl.uint32)
+    a, b = tl.broadcast(a, b)
+    for _ in tl.static_range(_ROUNDS):
+        high, low = tl.umulhi(a, 0xD256D193), a * 0xD256D193
+        a, b = high ^ key ^ b, low
+        key += 0x9E3779B9
+    words = tl.join(a, b)  # (M / 2, N / 2, upper row or lower)
+    halves = tl.join(words & 0xFFFF, words >> 16)  # and left column or right
+    halves = tl.reshape(halves, (M // 16, 8, N // 16, 8, 2, 2)).permute(0, 4, 1, 2, 5, 3)
+    return tl.reshape(halves, (M, N)).to(tl.int32) >= threshold
 
 
 def philox_ref(counter: list[Tensor], key: tuple[Tensor, Tensor]) -> list[Tensor]:
@@ -60,6 +77,25 @@ def keep_mask_ref(seed: Tensor, stream: int, M: int, N: int, threshold: int) -> 
     words = torch.stack(philox_ref(counter, (seed & _WORD, (seed >> 32) & _WORD)), -1)  # (M, groups, 4)
     halves = torch.stack((words & 0xFFFF, words >> 16), -1)  # (M, groups, 4, 2)
     return (halves >= threshold).view(M, groups * 8)[:, :N]
+
+
+def keep_tile_ref(seed: Tensor, stream: int, heads: int, T: int, S: int, threshold: int) -> Tensor:
+    """The masks of keep_tile for all heads, (heads, T, S) bool, in torch. seed: (1,) int64."""
+    head = torch.arange(heads, device=seed.device)
+    zero = torch.zeros_like(head)
+    counter = [head, zero, zero, torch.tensor(stream, device=seed.device)]
+    key = philox_ref(counter, (seed & _WORD, (seed >> 32) & _WORD))[0].view(heads, 1, 1)
+    rows, columns = -(-T // 16) * 8, -(-S // 16) * 8  # pairs
+    b = torch.arange(rows, device=seed.device).view(1, rows, 1)
+    a = torch.arange(columns, device=seed.device).view(1, 1, columns)
+    for _ in range(ROUNDS):
+        product = a * 0xD256D193
+        a, b = ((product >> 32) & _WORD) ^ key ^ b, product & _WORD
+        key = (key + 0x9E3779B9) & _WORD
+    words = torch.stack((a, b), -1)
+    halves = torch.stack((words & 0xFFFF, words >> 16), -1)  # (heads, rows, columns, 2, 2)
+    halves = halves.view(heads, rows // 8, 8, columns // 8, 8, 2, 2).permute(0, 1, 5, 2, 3, 6, 4)
+    return (halves >= threshold).reshape(heads, rows * 2, columns * 2)[:, :T, :S]
 
 
 def drop_threshold(p: float) -> tuple[int, float]:

@@ -38,7 +38,8 @@ class OpCase:
     gradients: inputs that are differentiated. fixed: floating-point inputs that keep float32 (tables of angles).
     traffic: elements read and written by (forward, backward) at a shape, each input and output once.
     flops: floating-point operations of (forward, backward), where products and not memory set the limit.
-    bench: shapes to time, in bench_dtype. timed: what is timed where it is not op itself (op copies what timed writes
+    bench: shapes to time, in bench_dtype. checked: the shape to check in place of one to time, where the reference in
+    float64 would need too much memory. timed: what is timed where it is not op itself (op copies what timed writes
     into). together: forward and backward are timed as one, because one does the other's work.
     max_ratio, rms_ratio: where an op's rounding differs from the reference's, with why.
     """
@@ -54,6 +55,7 @@ class OpCase:
     flops: Callable[[Shape], tuple[int, int]] | None = None
     bench: tuple[Shape, ...] = ()
     bench_dtype: torch.dtype = torch.bfloat16
+    checked: Callable[[Shape], Shape] = lambda shape: shape
     timed: Callable[..., Any] | None = None
     together: bool = False
     max_ratio: float = 2.0

@@ -9,7 +9,6 @@ Traffic: q, k, v and the output, once each. Work: 4*H*T*S*D operations forward a
 where causal.
 """
 
-import functools
 import math
 from typing import Any
 
@@ -18,13 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fusedlm.kernels._backend import forced, interpreting, use_triton
-from fusedlm.kernels._launch import launch
+from fusedlm.kernels._backend import forced, use_triton
+from fusedlm.kernels._launch import capability
 from fusedlm.kernels._operator import operator
-from fusedlm.kernels._philox import drop_threshold, dropout_seed, keep_mask_ref
-from fusedlm.kernels._triton import triton
-from fusedlm.kernels.attention.backward import delta_kernel, dkv_kernel, dq_kernel
-from fusedlm.kernels.attention.forward import fwd_kernel
+from fusedlm.kernels._philox import drop_threshold, dropout_seed, keep_tile_ref
+from fusedlm.kernels.attention.launches import Setting, backward, forward, tokens_outside
 
 MAX_D = 256
 
@@ -85,65 +82,13 @@ def _dropped_ref(
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     threshold, factor = drop_threshold(p)
-    keep = keep_mask_ref(seed, stream, B * H * T, S, threshold).view(B, H, T, S)
+    keep = keep_tile_ref(seed, stream, B * H, T, S, threshold).view(B, H, T, S)
     weights = torch.where(keep, scores.softmax(-1).nan_to_num(0.0) * factor, 0.0)
     return (weights.to(v.dtype) @ v).to(q.dtype)
 
 
-@functools.cache
-def _config(kernel: str, D: int, itemsize: int, drops: bool) -> dict[str, int]:
-    """Blocks of queries and keys, warps, and stages of the pipeline; the largest that need no more registers than there
-    are, on any GPU from sm_80 on."""
-    block_d = max(triton.next_power_of_2(D), 16)
-    if interpreting():
-        return {"BLOCK_D": block_d, "BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
-    size = block_d if itemsize == 2 else 256  # fp32 products take no tensor cores and more of everything
-    m, n, warps, stages = {
-        ("forward", True): (128, 64, 8 if drops else 4, 2 if drops else 3),
-        ("forward", False): (128, 64, 8, 2),
-        ("dq", True): (128, 64, 8, 2),
-        ("dq", False): (128, 32, 8, 2),
-        ("dkv", True): (32, 64, 4, 1) if drops else (32, 128, 8, 1),
-        ("dkv", False): (32, 64, 8, 1),
-    }[kernel, size <= 64]
-    if size > 128:
-        m, n, warps, stages = (64, 32, 8, 1) if kernel == "forward" else (32, 32, 8, 1)
-    return {"BLOCK_D": block_d, "BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
-
-
-def _tiled(t: Tensor) -> Tensor:
-    """t, or a copy, with unit stride along D and tokens so near to each other that 32 bits do within a tile."""
-    return t if t.stride(-1) == 1 and t.stride(-2) < 2**24 else t.contiguous()
-
-
-def _tokens_outside(t: Tensor) -> Tensor:
-    """An empty (B, H, T, D) that is (B, T, H, D) in memory: the next product takes heads side by side."""
-    B, H, T, D = t.shape
-    return t.new_empty((B, T, H, D)).transpose(1, 2)
-
-
-def _bounds(cu_seqlens: Tensor, T: int) -> tuple[Tensor, Tensor]:
-    """The first token of each token's sequence and the one behind its last, (T,) int32 each."""
-    number = torch.searchsorted(cu_seqlens, torch.arange(T, device=cu_seqlens.device), right=True)
-    ends = cu_seqlens.to(torch.int32)
-    return ends[number - 1], ends[number.clamp(max=len(ends) - 1)]
-
-
-def _shared(
-    q: Tensor, k: Tensor, offset: Tensor | None, bounds: Any, seed: Tensor | None, options: tuple[Any, ...]
-) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...], dict[str, Any]]:
-    """Tensors, scalars, key and constants that all three kernels take."""
-    (_, H, T, D), (_, G, S, _) = q.shape, k.shape
-    causal, start, scale, p, stream = options
-    tensors = (offset, *(bounds or (None, None)), seed)
-    scalars = (H, H // G, T, S, start, scale, stream, *drop_threshold(p))
-    key = (q.dtype, offset is None, bounds is None, seed is None)
-    # fp32 stays fp32: by itself a product would be of tf32.
-    return tensors, scalars, key, {"D": D, "IS_CAUSAL": causal, "PRECISION": "ieee"}
-
-
 def _fake_attention(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _tokens_outside(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return tokens_outside(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @operator(fake=_fake_attention)
@@ -161,22 +106,13 @@ def _attention(
     stream: int,
 ) -> tuple[Tensor, Tensor]:
     """(output, log2 of the sums of exponentials)."""
-    q, k, v = _tiled(q), _tiled(k), _tiled(v)
-    B, H, T, D = q.shape
-    o = _tokens_outside(q)
-    lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
-    if o.numel():
-        bounds = None if cu_seqlens is None else _bounds(cu_seqlens, T)
-        shared, numbers, key, constants = _shared(q, k, offset, bounds, seed, (causal, start, scale, p, stream))
-        config = _config("forward", D, q.itemsize, seed is not None)
-        grid = (B * H * triton.cdiv(T, config["BLOCK_M"]), 1, 1)
-        strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3])
-        launch(fwd_kernel, grid, key, (q, k, v, o, lse, *shared), (*strides, *numbers), constants | config)
-    return o, lse
+    if not q.numel():
+        return tokens_outside(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return forward(q, k, v, Setting(offset, cu_seqlens, seed, causal, start, scale, p, stream))
 
 
 def _fake_attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _tokens_outside(q), _tokens_outside(k), _tokens_outside(v)
+    return tokens_outside(q), tokens_outside(k), tokens_outside(v)
 
 
 @operator(fake=_fake_attention_backward)
@@ -197,28 +133,10 @@ def _attention_backward(
     stream: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv)."""
-    q, k, v, do = _tiled(q), _tiled(k), _tiled(v), _tiled(do)
-    (B, H, T, D), (_, G, S, _) = q.shape, k.shape
-    dq, dk, dv = _tokens_outside(q), _tokens_outside(k), _tokens_outside(v)
-    if not o.numel() or not S:
-        return dq.zero_(), dk.zero_(), dv.zero_()
-    delta = torch.empty_like(lse)
-    config = _config("dq", D, q.itemsize, seed is not None)
-    blocks = B * H * triton.cdiv(T, config["BLOCK_M"])
-    constants = {"D": D, "BLOCK_D": config["BLOCK_D"], "BLOCK_M": config["BLOCK_M"], "num_warps": 4}
-    scalars: tuple[Any, ...] = (*o.stride()[:3], *do.stride()[:3], H, T)
-    launch(delta_kernel, (blocks, 1, 1), (o.dtype, do.dtype), (o, do, delta), scalars, constants)
-    bounds = None if cu_seqlens is None else _bounds(cu_seqlens, T)
-    shared, numbers, key, constants = _shared(q, k, offset, bounds, seed, (causal, start, scale, p, stream))
-    inputs = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
-    tensors = (q, k, v, do, lse, delta, dq, *shared)
-    launch(dq_kernel, (blocks, 1, 1), key, tensors, (*inputs, *dq.stride()[:3], *numbers), constants | config)
-    config = _config("dkv", D, q.itemsize, seed is not None)
-    grid = (B * G * triton.cdiv(S, config["BLOCK_N"]), 1, 1)
-    tensors = (q, k, v, do, lse, delta, dk, dv, *shared)
-    strides = (*inputs, *dk.stride()[:3], *dv.stride()[:3])
-    launch(dkv_kernel, grid, key, tensors, (*strides, *numbers), constants | config)
-    return dq, dk, dv
+    if not o.numel() or not k.numel():
+        dq, dk, dv = (tokens_outside(t).zero_() for t in (q, k, v))
+        return dq, dk, dv
+    return backward(do, q, k, v, o, lse, Setting(offset, cu_seqlens, seed, causal, start, scale, p, stream))
 
 
 class _Attention(torch.autograd.Function):
@@ -273,7 +191,10 @@ def attention(
     if offset is None:
         offset = S - T
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
-    if not use_triton(q) or _torchs_is_faster(seed, cu_seqlens):
+    if scale <= 0:  # in the kernels the largest score is the scale times the largest product
+        q, scale = q * scale, 1.0
+    trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if not use_triton(q) or _torchs_is_faster(q, k, seed, cu_seqlens, trains):
         return attention_ref(
             q, k, v, causal=causal, offset=offset, scale=scale, cu_seqlens=cu_seqlens, dropout_p=dropout_p, seed=seed,
             stream=stream,
@@ -281,14 +202,22 @@ def attention(
     seed = dropout_seed(seed, dropout_p, training, q.device)
     start, given = (offset, None) if isinstance(offset, int) else (0, offset)
     arguments = (q, k, v, given, cu_seqlens, seed, causal, start, scale, dropout_p, stream)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if trains:
         return _Attention.apply(*arguments)
     return _attention(*arguments)[0]
 
 
-def _torchs_is_faster(seed: Tensor | None, cu_seqlens: Tensor | None) -> bool:
-    """Whether torch's own attention serves: where it can at all, until ours has been measured beside it."""
-    return forced() == "auto" and seed is None and cu_seqlens is None
+def _torchs_is_faster(q: Tensor, k: Tensor, seed: Tensor | None, cu_seqlens: Tensor | None, trains: bool) -> bool:
+    """Whether torch's own attention serves: where it can at all and was measured faster, or nothing was measured.
+
+    On Hopper ours is ahead forward and backward up to a D of 64, and from 8,192 keys on up to one of 128; see
+    docs/kernels/attention.md.
+    """
+    if forced() != "auto" or seed is not None or cu_seqlens is not None:
+        return False
+    if capability(q.device) != 90 or q.itemsize != 2 or not 32 < q.shape[3] <= 128 or q.shape[2] < 512:
+        return True
+    return k.shape[2] < 8192 if q.shape[3] > 64 else not trains
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -1,0 +1,145 @@
+"""What attention does beyond the contract: defaults, what lies behind the tensors, extreme scores, dropout's draws."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusedlm.kernels import attention, backend
+
+pytest.importorskip("triton", reason="the kernels need Triton")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _truth(q: Tensor, k: Tensor, v: Tensor, *, offset: int, scale: float, causal: bool = True) -> Tensor:
+    """In float64 and by the formula, differentiable. As many heads as key/value heads."""
+    q, k, v = (t.cpu().double() for t in (q, k, v))
+    T, S = q.shape[2], k.shape[2]
+    scores = q @ k.mT * scale
+    if causal:
+        scores = scores.masked_fill(torch.arange(S) > offset + torch.arange(T).view(-1, 1), -math.inf)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).float().to(DEVICE)
+
+
+def _close(ours: Tensor, truth: Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(ours.detach().cpu().double(), truth.detach(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kernels", ["triton", "torch"])
+def test_by_default_the_last_query_sees_every_key_and_the_scale_is_that_of_the_width(kernels: Any) -> None:
+    q, k, v = _random(1, 2, 5, 20), _random(1, 2, 21, 20, seed=1), _random(1, 2, 21, 20, seed=2)
+    with backend(kernels):
+        _close(attention(q, k, v), _truth(q, k, v, offset=16, scale=20**-0.5))
+
+
+@pytest.mark.parametrize("factor", [1.0, 300.0])
+def test_scores_of_any_size(factor: float) -> None:
+    """Exponentials of these scores are infinite, or all of a row's are 0, unless the largest is subtracted."""
+    q, k, v = _random(1, 1, 40, 16), _random(1, 1, 40, 16, seed=1), _random(1, 1, 40, 16, seed=2)
+    scale, tolerance = 0.25 * factor, 1e-4 if factor == 1 else 1e-2  # scores of 15,000 are off by 1e-3 in fp32
+    for constant in (0.0, 200.0, -200.0):  # moves all scores of a row, which changes no weight
+        q[..., 0], k[..., 0] = constant, 1.0
+        with backend("triton"):
+            ours = attention(q, k, v, scale=scale)
+        _close(ours, _truth(q, k, v, offset=0, scale=scale), tolerance)
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+@pytest.mark.parametrize("causal", [True, False])
+def test_scales_that_are_not_positive(scale: float, causal: bool) -> None:
+    q, k, v = _random(1, 2, 20, 16), _random(1, 2, 20, 16, seed=1), _random(1, 2, 20, 16, seed=2)
+    with backend("triton"):
+        ours = attention(q, k, v, scale=scale, causal=causal)
+    _close(ours, _truth(q, k, v, offset=0, scale=scale, causal=causal))
+
+
+@pytest.mark.parametrize(("T", "S"), [(37, 41), (20, 64), (32, 24)])
+def test_what_lies_behind_the_tokens_is_not_taken(T: int, S: int) -> None:
+    """A cache is longer than what is in it, and what nobody has written may be anything."""
+
+    def behind(n: int, seed: int) -> Tensor:
+        wide = torch.full((1, 2, n + 64, 16), math.nan, device=DEVICE)
+        wide[:, :, :n] = _random(1, 2, n, 16, seed=seed)
+        return wide[:, :, :n]
+
+    q, k, v, do = behind(T, 0), behind(S, 1), behind(S, 2), behind(T, 3)
+    offset = max(S - T, 0)
+    for causal in (True, False):
+        ours = [t.detach().requires_grad_() for t in (q, k, v)]
+        exact = [t.detach().cpu().double().requires_grad_() for t in (q, k, v)]
+        with backend("triton"):
+            y = attention(*ours, offset=offset, causal=causal)
+            gradients = torch.autograd.grad(y, ours, do)
+        truth = _truth(*exact, offset=offset, scale=0.25, causal=causal)
+        _close(y, truth)
+        for found, expected in zip(gradients, torch.autograd.grad(truth, exact, do.cpu().double()), strict=True):
+            _close(found, expected, 2e-5)
+
+
+def test_without_queries_or_without_keys() -> None:
+    def run(T: int, S: int) -> tuple[Tensor, ...]:
+        tensors = [_random(2, 2, n, 16).requires_grad_() for n in (T, S, S)]
+        with backend("triton"):
+            y = attention(*tensors)
+            return (y, *torch.autograd.grad(y, tensors, torch.ones_like(y)))
+
+    for T, S in ((0, 5), (5, 0), (0, 0)):
+        for t in run(T, S):
+            assert t.shape[0] == 2
+            assert not t.count_nonzero()
+
+
+def _mask(T: int, S: int, heads: int, p: float, **options: Any) -> Tensor:
+    """Which weights stay, (heads, T, S) bool: all are equal, and the values tell them apart."""
+    q, k = torch.zeros(1, heads, T, S, device=DEVICE), torch.zeros(1, heads, S, S, device=DEVICE)
+    v = torch.eye(S, device=DEVICE).expand(1, heads, S, S)
+    with backend("triton"):
+        return attention(q, k, v, causal=False, dropout_p=p, **options)[0] != 0
+
+
+def test_without_a_seed_each_call_draws_one() -> None:
+    torch.manual_seed(5)
+    a, b = _mask(40, 32, 2, 0.5), _mask(40, 32, 2, 0.5)
+    torch.manual_seed(5)
+    assert torch.equal(a, _mask(40, 32, 2, 0.5))
+    assert not torch.equal(a, b)
+    assert abs(float(a.float().mean()) - 0.5) < 4.5 * 0.5 / math.sqrt(a.numel())
+    assert _mask(40, 32, 2, 0.5, training=False).all()
+    assert not _mask(40, 32, 2, 1.0).any()
+
+
+def test_gradients_are_those_of_the_same_mask() -> None:
+    """With all weights equal and the identity for values, dv = P^T dO shows the mask that the backward pass made."""
+    S, p, seed = 64, 0.4, torch.tensor([11], device=DEVICE)
+    q = torch.zeros(1, 2, S, S, device=DEVICE)
+    v = torch.eye(S, device=DEVICE).repeat(1, 2, 1, 1).requires_grad_()
+    with backend("triton"):
+        y = attention(q, q, v, causal=False, dropout_p=p, seed=seed)
+        (dv,) = torch.autograd.grad(y, v, torch.eye(S, device=DEVICE).expand(1, 2, S, S))
+    assert torch.equal(y.detach() != 0, dv.mT != 0)
+    assert 0.5 < float((dv != 0).float().mean()) < 0.7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"k": (1, 2, 5, 8), "v": (1, 2, 5, 8)}, r"expected \(B, H, T, D\) and twice \(B, G, S, D\)"),
+        ({"v": (1, 2, 6, 16)}, r"shapes .* \(1, 2, 6, 16\)"),
+        ({"q": (1, 3, 5, 16)}, "3 query heads are not a multiple of 2"),
+        ({"cu_seqlens": torch.tensor([0, 5]), "offset": 1}, "packed sequences to be their own keys"),
+        ({"dropout_p": 1.5}, "probability is 1.5; expected 0 to 1"),
+    ],
+)
+def test_what_does_not_fit_is_refused(arguments: dict[str, Any], message: str) -> None:
+    given = dict.fromkeys("qkv", (1, 2, 5, 16)) | arguments
+    made = {name: torch.zeros(value) if isinstance(value, tuple) else value for name, value in given.items()}
+    with pytest.raises(ValueError, match=message):
+        attention(**made)
