@@ -1,6 +1,7 @@
 """The masks of dropout: the generator itself, rates, and that nothing shares a mask that should not."""
 
 import math
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fusedlm.kernels import backend, dropout
-from fusedlm.kernels._philox import keep_mask_ref, philox_ref
+from fusedlm.kernels._philox import keep_mask_ref, keep_tile, keep_tile_ref, philox_ref, tile_key
+from fusedlm.kernels._triton import tl, triton
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
@@ -161,3 +163,147 @@ def test_bad_arguments_are_refused() -> None:
         dropout(x, math.nan)
     with pytest.raises(ValueError, match=r"seed has shape \(2,\), torch.int64, on cpu; expected one int64"):
         dropout(x, 0.5, seed=torch.tensor([1, 2]))
+
+
+@triton.jit
+def _tile_kernel(out_ptr, place_ptr, M: tl.constexpr, N: tl.constexpr):
+    # keep_tile alone. place: key, row, column, threshold.
+    key = tl.load(place_ptr).to(tl.uint32)
+    row, column, threshold = tl.load(place_ptr + 1), tl.load(place_ptr + 2), tl.load(place_ptr + 3)
+    keep = keep_tile(key, row, column, threshold, M, N)
+    tl.store(out_ptr + tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :], keep.to(tl.int8))
+
+
+def _tile(key: int, row: int, column: int, threshold: int, M: int = 16, N: int = 16) -> Tensor:
+    out = torch.empty(M, N, dtype=torch.int8, device=DEVICE)
+    _tile_kernel[(1,)](out, torch.tensor([key, row, column, threshold], device=DEVICE), M=M, N=N)
+    return out.cpu() != 0
+
+
+@triton.jit(do_not_specialize=["stream", "threshold"])
+def _tiles_kernel(out_ptr, seed_ptr, stream, threshold, T, S, M: tl.constexpr, N: tl.constexpr):
+    # A tile of a head's mask, by the kernel's own key.
+    head = tl.cast(tl.program_id(0), tl.int64)
+    row, column = tl.program_id(1) * M, tl.program_id(2) * N
+    keep = keep_tile(tile_key(tl.load(seed_ptr), stream, head), row, column, threshold, M, N)
+    t, s = row + tl.arange(0, M)[:, None], column + tl.arange(0, N)[None, :]
+    tl.store(out_ptr + (head * T + t) * S + s, keep.to(tl.int8), mask=(t < T) & (s < S))
+
+
+def _tiles(seed: Tensor, stream: int, heads: int, T: int, S: int, threshold: int, M: int, N: int) -> Tensor:
+    """What keep_tile_ref gives, by the kernel, in tiles of (M, N)."""
+    out = torch.empty(heads, T, S, dtype=torch.int8, device=DEVICE)
+    _tiles_kernel[(heads, -(-T // M), -(-S // N))](out, seed.to(DEVICE), stream, threshold, T, S, M=M, N=N)
+    return out.cpu() != 0
+
+
+def _philox2x32(counter: tuple[int, int], key: int) -> tuple[int, int]:
+    """Seven rounds of Philox2x32 by Python's integers."""
+    left, right = counter
+    for i in range(7):
+        high, low = divmod(0xD256D193 * left, 2**32)
+        left, right = high ^ (key + i * 0x9E3779B9) % 2**32 ^ right, low
+    return left, right
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [  # philox2x32-7 in the known-answer tests of Random123
+        ("00000000 00000000", "00000000", "257a3673 cd26be2a"),
+        ("ffffffff ffffffff", "ffffffff", "ab302c4d 3dc9d239"),
+        ("243f6a88 85a308d3", "13198a2e", "bedbbe6b e4c770b3"),
+    ],
+)
+def test_tiles_are_made_of_the_generator_s_published_numbers(counter: str, key: str, expected: str) -> None:
+    """Counter: pair of columns, pair of rows. First word: the upper row; low half: the left column."""
+    (a, b), (k,), words = ([int(w, 16) for w in text.split()] for text in (counter, key, expected))
+    assert _philox2x32((a, b), k) == tuple(words)
+    for lower in range(2):
+        for right in range(2):
+            half = words[lower] >> 16 * right & 0xFFFF
+            for threshold, stays in ((half, True), (half + 1, False)):
+                tile = _tile(k, b // 8 * 16, a // 8 * 16, threshold)
+                assert bool(tile[b % 8 + 8 * lower, a % 8 + 8 * right]) == stays
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_masks_of_tiles_take_their_bits_in_the_stated_order(heads: int) -> None:
+    seed, stream, T, S, threshold = torch.tensor([-(2**40) - 5]), 9, 40, 21, 20000
+    expected = torch.empty(heads, T, S, dtype=torch.bool)
+    for head in range(heads):
+        word = philox_ref(
+            [torch.tensor(n) for n in (head, 0, 0, stream)], (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
+        )[0]
+        for t in range(T):
+            for s in range(S):
+                words = _philox2x32((s // 16 * 8 + s % 8, t // 16 * 8 + t % 8), int(word))
+                half = words[t // 8 % 2] >> 16 * (s // 8 % 2) & 0xFFFF
+                expected[head, t, s] = half >= threshold
+    assert torch.equal(keep_tile_ref(seed, stream, heads, T, S, threshold), expected)
+    assert torch.equal(_tiles(seed, stream, heads, T, S, threshold, 16, 32), expected)
+
+
+def test_a_tile_s_mask_does_not_depend_on_how_the_grid_is_cut() -> None:
+    seed, options = torch.tensor([2**50 + 3]), (2, 64, 64, 32768)
+    whole = _tiles(seed, 4, *options, 64, 64)
+    for M, N in ((32, 32), (16, 64), (64, 16)):
+        assert torch.equal(_tiles(seed, 4, *options, M, N), whole), (M, N)
+    large = _tile(0x89ABCDEF, 0, 0, 30000, 64, 64)
+    for row, column in ((16, 0), (0, 48), (16, 32)):
+        piece = _tile(0x89ABCDEF, row, column, 30000, 32, 16)
+        assert torch.equal(piece, large[row : row + 32, column : column + 16]), (row, column)
+
+
+@pytest.mark.parametrize("p", [0.02, 0.1, 0.5, 0.9])
+def test_tiles_drop_at_the_right_rate_for_every_seed(p: float) -> None:
+    """Over many seeds, the number that goes is binomial: in its mean and in its spread."""
+    count, n = 400, 2 * 48 * 80
+    threshold = round(p * 65536)
+    rate = threshold / 65536
+    seeds = torch.randint(-(2**63), 2**63 - 1, (count, 1), generator=torch.Generator().manual_seed(1))
+    kept = torch.stack([keep_tile_ref(seed, i, 2, 48, 80, threshold).sum() for i, seed in enumerate(seeds)])
+    deviations = (n - kept - n * rate) / math.sqrt(n * rate * (1 - rate))
+    assert abs(float(deviations.mean())) < 4.5 / math.sqrt(count)
+    assert abs(float(deviations.square().mean()) - 1) < 4.5 * math.sqrt(2 / count)
+    assert float(deviations.abs().max()) < 5.5
+
+
+def _correlation(a: Tensor, b: Tensor) -> float:
+    """How far the correlation of two masks is from 0, in deviations."""
+    return abs(float(torch.corrcoef(torch.stack((a.flatten(), b.flatten())).double())[0, 1])) * math.sqrt(a.numel())
+
+
+def test_tiles_of_heads_streams_and_seeds_are_independent() -> None:
+    seed = torch.tensor([77])
+
+    def mask(seed: Tensor, stream: int, head: int) -> Tensor:
+        return keep_tile_ref(seed, stream, head + 1, 64, 64, 32768)[head]
+
+    base = mask(seed, 0, 0)
+    assert torch.equal(base, mask(seed, 0, 0))
+    others = {
+        **{f"head {h}": mask(seed, 0, h) for h in (1, 2, 16)},
+        **{f"stream {s}": mask(seed, s, 0) for s in (1, 2, 16)},
+        "the next head of the next stream": mask(seed, 1, 1),
+        "seed": mask(seed + 1, 0, 0),
+        "high half of the seed": mask(seed + 2**32, 0, 0),
+    }
+    for name, other in others.items():
+        assert _correlation(base, other) < 4.5, name
+    above, below = base[torch.triu_indices(64, 64, 1).unbind()], base.T[torch.triu_indices(64, 64, 1).unbind()]
+    assert _correlation(above, below) < 4.5, "rows and columns"
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.8])
+def test_elements_of_a_tile_are_independent(p: float) -> None:
+    """Neighbours and others in rows and columns, and the four elements of one evaluation."""
+    mask = keep_tile_ref(torch.tensor([5]), 3, 4, 128, 128, round(p * 65536))
+    for move in (1, 2, 7, 8, 9, 16, 24, 48):
+        for rows, columns in ((move, 0), (0, move), (move, move), (move, -move)):
+            assert _correlation(mask, mask.roll((rows, columns), (1, 2))) < 4.5, (rows, columns)
+    pieces = mask.view(4, 8, 2, 8, 8, 2, 8)  # (head, 16 rows, upper or lower 8, 8 rows, the same of columns)
+    four = [pieces[:, :, i, :, :, j] for i in range(2) for j in range(2)]
+    for a, b in combinations(four, 2):
+        assert _correlation(a, b) < 4.5
+    assert _correlation(four[0] & four[1], four[2] & four[3]) < 4.5
+    assert _correlation(four[0] ^ four[1], four[2] ^ four[3]) < 4.5

@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 
-from fusedlm.kernels import add_layer_norm, backend, layer_norm, rms_norm
+from fusedlm.kernels import add_layer_norm, add_rms_norm, backend, layer_norm, rms_norm
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
@@ -55,3 +56,27 @@ def test_partial_sums_of_many_programs_are_added_up(monkeypatch: pytest.MonkeyPa
         d_weight, d_bias = torch.autograd.grad(y, (weight, bias), dy.float().to(DEVICE))
     torch.testing.assert_close(d_weight.cpu().double(), (normal * dy).sum(0), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(d_bias.cpu().double(), dy.sum(0), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("add", "alone"), [(add_layer_norm, layer_norm), (add_rms_norm, rms_norm)])
+def test_what_is_normalised_is_the_sum_as_it_is_stored(add: Any, alone: Any) -> None:
+    """Rounded, that is: the backward pass, which reads the stored sum, is then the derivative of this."""
+    generator = torch.Generator().manual_seed(0)
+    x, residual, weight = (torch.randn(n, 24, generator=generator).half().to(DEVICE) for n in (9, 9, 1))
+    with backend("triton"):
+        y, total = add(x, residual, weight[0])
+        assert torch.equal(total, (x.float() + residual.float()).half())
+        assert torch.equal(y, alone(total, weight[0]))
+
+
+def test_without_a_bias() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(7, 20, generator=generator, dtype=torch.float64) for _ in range(2))
+    weight = 1 + torch.randn(20, generator=generator, dtype=torch.float64)
+    normal = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    ours = [t.float().to(DEVICE).requires_grad_() for t in (x, weight)]
+    with backend("triton"):
+        y = layer_norm(*ours)
+        _, d_weight = torch.autograd.grad(y, ours, dy.float().to(DEVICE))
+    torch.testing.assert_close(y.cpu().double(), normal * weight, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(d_weight.cpu().double(), (normal * dy).sum(0), rtol=1e-5, atol=1e-4)
