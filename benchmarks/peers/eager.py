@@ -4,6 +4,7 @@ EAGER is what runs in eager mode, COMPILED what torch.compile gets where that is
 what else torch offers.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,21 +96,8 @@ def _adamw(step: Tensor, max_norm: float | None, **tensors: Any) -> None:
     torch._fused_adamw_(params, grads, exp_avgs, exp_avg_sqs, [], steps, **hyper, amsgrad=False, maximize=False)
 
 
-def _sample(
-    logits: Tensor,
-    uniform: Tensor | None = None,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    **_: Any,
-) -> Tensor:
+def _by_sorting(x: Tensor, top_k: int, top_p: float) -> Tensor:
     """What generation loops do, as transformers' logits processors: each filter masks logits, top-p by sorting."""
-    assert min_p == 0, "no case has it"
-    x = logits.float()
-    if temperature == 0 or uniform is None:
-        return x.argmax(-1)
-    x = x / temperature
     if 0 < top_k < x.shape[-1]:
         x = x.masked_fill(x < x.topk(top_k).values[..., -1, None], -torch.inf)
     if top_p < 1:
@@ -120,26 +108,33 @@ def _sample(
     return torch.multinomial(x.softmax(-1), 1).squeeze(-1)
 
 
-def _sample_by_topk(
-    logits: Tensor,
-    uniform: Tensor | None = None,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    **_: Any,
-) -> Tensor:
+def _by_topk(x: Tensor, top_k: int, top_p: float) -> Tensor:
     """A quicker way in torch: top-p among the k that topk has sorted already, and a draw by exponential noise, which
     unlike torch.multinomial does not wait for the GPU."""
-    assert min_p == 0, "no case has it"
-    x = logits.float()
-    if temperature == 0 or uniform is None:
-        return x.argmax(-1)
-    x, order = (x / temperature).topk(top_k) if top_k else (x / temperature).sort(descending=True)
+    x, order = x.topk(top_k) if top_k else x.sort(descending=True)
     p = x.softmax(-1)
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)
     drawn = (p / torch.empty_like(p).exponential_()).argmax(-1, keepdim=True)
     return order.gather(-1, drawn).squeeze(-1)
+
+
+def _sample(draw: Callable[[Tensor, int, float], Tensor], *, waits: bool = False) -> Peer:
+    """A peer by how it filters and draws: draw(logits over the temperature, top_k, top_p)."""
+
+    def sample(
+        logits: Tensor,
+        uniform: Tensor | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        **_: Any,
+    ) -> Tensor:
+        assert min_p == 0, "no case has it"
+        x = logits.float()
+        return x.argmax(-1) if temperature == 0 or uniform is None else draw(x / temperature, top_k, top_p)
+
+    return Peer(sample, source=draw, random=True, waits=waits)
 
 
 EAGER: dict[str, Peer] = {
@@ -153,7 +148,7 @@ EAGER: dict[str, Peer] = {
     "linear_cross_entropy": Peer(_linear_cross_entropy),
     "attention": FLASH,
     "adamw": Peer(_adamw, writes_inputs=True, random=True),
-    "sample": Peer(_sample, random=True, waits=True),
+    "sample": _sample(_by_sorting, waits=True),
 }
 
 COMPILED: dict[str, Peer | None] = {
@@ -167,6 +162,6 @@ COMPILED: dict[str, Peer | None] = {
 
 # Other ways to do it in torch, by op and name.
 MORE: dict[str, dict[str, Peer]] = {
-    "sample": {"torch-topk": Peer(_sample_by_topk, random=True)},
+    "sample": {"torch-topk": _sample(_by_topk)},
     "attention": {"cudnn": CUDNN, "flex": FLEX},
 }

@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fusedlm.inference.bench import peers
+from fusedlm.inference.bench import busy, peers
 
 Run = Callable[..., Any]
 
@@ -30,6 +31,21 @@ def test_decode_measures_every_precision_and_replaces_rows(run: Run, tiny_model:
     assert all(r["token_seconds"] > 0 and r["prompt_tokens_per_second"] > 0 for r in rows)
     assert outcome.out.count("ms/token") == 3
     assert json.loads(file.read_text())["machine"]["cores"] >= 1
+
+
+def test_busy_cores(run: Run, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, counts = tmp_path / "results.json", ("--processes", "0", "--processes", "3")
+    few = ("--rounds", "1", "--prompt-tokens", "5", "--new-tokens", "40", "--threads", "2")
+    started: list[int] = []
+    monkeypatch.setattr(busy, "busy_processes", lambda count: nullcontext(started.append(count)))
+    for _ in range(2):
+        outcome = run("bench", "busy", "--model", tiny_model, *few, *counts, "--json", file)
+        assert outcome.code == 0, outcome.err
+    assert started == [0, 3, 0, 3]
+    rows = json.loads(file.read_text())["busy"]
+    assert [(r["runner"], r["busy"]) for r in rows] == [("fusedlm", 0), ("fusedlm", 3)]
+    assert all(0 < r["token_seconds"] < 10 for r in rows)
+    assert outcome.out.count("ms/token") == 2
 
 
 def test_quality_of_eight_bits(run: Run, tiny_model: Path, tmp_path: Path) -> None:

@@ -9,19 +9,18 @@ A process of its own, for Triton's interpreter must be off. What a GPU does and 
 import json
 import sys
 import weakref
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
 from fusedlm.kernels import AdamW, _launch, backend
-from fusedlm.models import PRESETS, DecoderModel, build_model
+from fusedlm.models import PRESETS, build_model
+from fusedlm.training.recompute import RecomputeCheap, recompute_blocks
 
 # A product of bf16 into fp32, which cuBLAS has and meta has not; it allocates nothing.
 sys.modules["fusedlm.kernels.linear_cross_entropy"]._product_into = lambda *_, **__: None  # type: ignore[attr-defined]
@@ -66,64 +65,6 @@ class Allocations(TorchDispatchMode):
         self.now -= size
 
 
-def recompute_blocks(model: DecoderModel) -> None:
-    for block in model.blocks:
-
-        def again(*args: Any, forward: Callable[..., Any] = block.forward) -> Any:
-            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
-
-        block.forward = again  # type: ignore[method-assign]
-
-
-class Cheap(saved_tensors_hooks):
-    """Inside, outputs of norms and activations are not saved but computed again from their inputs."""
-
-    def __init__(self, model: DecoderModel) -> None:
-        super().__init__(self._pack, self._unpack)
-        self.module = sys.modules[type(model).__module__]
-        self.name = "gelu" if hasattr(self.module, "gelu") else "swiglu"
-        self.activation = getattr(self.module, self.name)
-        self.norms = [norm for block in model.blocks for norm in (block.norm1, block.norm2)]
-        self.again: dict[int, Callable[[], Tensor]] = {}  # by the storage of what is computed
-
-    def __enter__(self) -> None:
-        setattr(self.module, self.name, self._activate)
-        self.hooks = [norm.register_forward_hook(self._normed) for norm in self.norms]
-        super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        setattr(self.module, self.name, self.activation)
-        for hook in self.hooks:
-            hook.remove()
-
-    def _remember(self, y: Tensor, again: Callable[[], Tensor]) -> None:
-        storage = y.untyped_storage()
-        self.again[storage._cdata] = again
-        weakref.finalize(storage, self.again.pop, storage._cdata)
-
-    def _activate(self, x: Tensor, **options: Any) -> Tensor:
-        y, x = self.activation(x, **options), x.detach()
-        self._remember(y, lambda: self.activation(x, **options))
-        return y
-
-    def _normed(self, norm: Any, args: Any, result: Any) -> None:
-        y, s = result if isinstance(result, tuple) else (result, args[0])
-        s = s.detach()
-        self._remember(y, lambda: norm.forward(s))
-
-    def _pack(self, t: Tensor) -> Any:
-        again = self.again.get(t.untyped_storage()._cdata)
-        return t if again is None else (again, t.shape)
-
-    def _unpack(self, packed: Any) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        again, shape = packed
-        with torch.no_grad():
-            return again().view(shape)
-
-
 def peak(case: dict[str, Any]) -> int:
     """Bytes at the peak of a step that is not the first."""
     config = replace(PRESETS[case["preset"]], **case.get("config", {}))
@@ -136,14 +77,12 @@ def peak(case: dict[str, Any]) -> int:
         )
         if case.get("recompute") == "blocks":
             recompute_blocks(model)
+        cheap = RecomputeCheap(model) if case.get("recompute") == "cheap" else nullcontext()
         for _ in range(3 if case.get("accumulate") else 2):
             allocations.peak = 0
             ids, targets = (torch.empty(case["batch"], case["context"], dtype=torch.int64, device="meta"),) * 2
             targets = torch.empty_like(ids)
-            if case.get("recompute") == "cheap":
-                with Cheap(model):
-                    loss = model.loss(ids, targets)
-            else:
+            with cheap:
                 loss = model.loss(ids, targets)
             loss.backward()  # type: ignore[no-untyped-call]
             del loss

@@ -7,10 +7,13 @@ import typer
 from fusedlm.cli.bench import bench
 from fusedlm.cli.chat import chat
 from fusedlm.cli.data import data
+from fusedlm.cli.evaluate import evaluate
+from fusedlm.cli.export import export
 from fusedlm.cli.generate import generate
 from fusedlm.cli.models import models
 from fusedlm.cli.output import fail, show_version
 from fusedlm.cli.plan import plan
+from fusedlm.cli.train import train
 
 app = typer.Typer(
     name="fusedlm",
@@ -24,6 +27,9 @@ app.command()(generate)
 app.command()(chat)
 app.command()(models)
 app.command()(plan)
+app.command()(train)
+app.command()(evaluate)
+app.command()(export)
 app.add_typer(bench, name="bench")
 app.add_typer(data, name="data")
 

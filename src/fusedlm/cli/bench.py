@@ -62,6 +62,28 @@ def decode(
 
 
 @bench.command()
+def busy(
+    model: Annotated[str, typer.Option("--model", "-m")] = "smollm2-135m-instruct",
+    processes: Annotated[list[int] | None, typer.Option(help="That compute meanwhile; several times.")] = None,
+    rounds: Annotated[int, typer.Option(help="Everybody has a turn in each; the mean counts.")] = 3,
+    prompt_tokens: Annotated[int, typer.Option(help="Read before the tokens that are timed.")] = 64,
+    new_tokens: Annotated[int, typer.Option(help="Timed together.")] = 128,
+    threads: Threads = None,
+    as_json: Json = None,
+    peers_dir: Peers = None,
+) -> None:
+    """Milliseconds a token in 8 bits while other processes keep the cores busy: by default 0, 1, 2 and 4 of them."""
+    from fusedlm.inference.bench.busy import measure_busy
+    from fusedlm.inference.bench.decode import Setting
+
+    setting = Setting(rounds, prompt_tokens, new_tokens, prompt_tokens, threads or _cores())
+    rows = measure_busy(model, processes or [0, 1, 2, 4], setting, _folder(peers_dir))
+    for row in rows:
+        typer.echo(f"{row['runner']:<24}{row['busy']:>3} busy processes{row['token_seconds'] * 1e3:9.2f} ms/token")
+    _save(as_json, {"busy": rows})
+
+
+@bench.command()
 def quality(
     text: Annotated[Path, typer.Argument(help="A text file, UTF-8.")],
     model: Annotated[str, typer.Option("--model", "-m")] = "smollm2-135m-instruct",
@@ -80,7 +102,7 @@ def quality(
 
 
 def _cores() -> int:
-    from fusedlm.inference.cores import available_cores
+    from fusedlm.hardware import available_cores
 
     return available_cores()
 
@@ -106,4 +128,4 @@ def _save(path: Path | None, results: dict[str, list[dict[str, Any]]]) -> dict[s
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row.get(name) for name in ("model", "precision", "runner", "step", "gelu"))
+    return tuple(row.get(name) for name in ("model", "precision", "runner", "step", "gelu", "busy"))

@@ -48,6 +48,7 @@ class DecoderModel(nn.Module):
         self,
         ids: Tensor,
         targets: Tensor,
+        cache: Cache | None = None,
         *,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
@@ -55,10 +56,11 @@ class DecoderModel(nn.Module):
     ) -> Tensor:
         """The mean cross-entropy of the tokens that follow, an fp32 scalar, without all logits in memory.
 
-        ids: (B, T) int64. targets: (B, T) int64, of each token the one behind it, or ignore_index. Other options are
-        those of `linear_cross_entropy`.
+        ids: (B, T) int64. targets: (B, T) int64, of each token the one behind it, or ignore_index. cache: says which
+        positions the tokens have and what they attend to, where that is not all before them. Other options are those
+        of `linear_cross_entropy`.
         """
-        hidden = self.hidden_states(ids)
+        hidden = self.hidden_states(ids, cache)
         return linear_cross_entropy(hidden, self.head_weight, targets, ignore_index, "mean", label_smoothing, z_loss)
 
     def dropout_state(self, device: torch.device) -> DropoutState:

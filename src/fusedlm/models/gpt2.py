@@ -2,39 +2,30 @@
 
 from torch import Tensor, nn
 
-from fusedlm.kernels import Embedding, LayerNorm, gelu
+from fusedlm.kernels import GELU, Embedding, LayerNorm
 from fusedlm.models.config import GPT2Config
 from fusedlm.models.decoder import DecoderModel, check_length
-from fusedlm.models.layers import Attention, Cache, DropoutState, Linear, add_norm
+from fusedlm.models.layers import Attention, Block, Cache, Linear, add_norm
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.up = Linear(config.width, config.mlp_width, bias=True)
+        self.activation = GELU(approximate="tanh")
         self.down = Linear(config.mlp_width, config.width, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(gelu(self.up(x), approximate="tanh"))
+        return self.down(self.activation(self.up(x)))
 
 
-class Block(nn.Module):
-    def __init__(self, config: GPT2Config, layer: int) -> None:
-        super().__init__()
-        self.norm1 = LayerNorm(config.width, config.norm_eps)
-        self.attention = Attention(config, layer, bias=True)
-        self.norm2 = LayerNorm(config.width, config.norm_eps)
-        self.mlp = MLP(config)
-
-    def forward(
-        self, x: Tensor, residual: Tensor | None, cache: Cache | None, dropout: DropoutState
-    ) -> tuple[Tensor, Tensor]:
-        """What the block before it gave and the residual stream before that; so the sum and the norm are one pass."""
-        layer = self.attention.layer
-        x, residual = add_norm(self.norm1, x, residual, dropout, 2 * layer)
-        x = self.attention(x, None, cache, dropout.p)
-        x, residual = add_norm(self.norm2, x, residual, dropout, 2 * layer + 1)
-        return self.mlp(x), residual
+def block(config: GPT2Config, layer: int) -> Block:
+    return Block(
+        LayerNorm(config.width, config.norm_eps),
+        Attention(config, layer, bias=True),
+        LayerNorm(config.width, config.norm_eps),
+        MLP(config),
+    )
 
 
 class GPT2(DecoderModel):
@@ -43,7 +34,7 @@ class GPT2(DecoderModel):
     def __init__(self, config: GPT2Config, dropout: float = 0.0) -> None:
         super().__init__(config, dropout)
         self.positions = Embedding(config.context_length, config.width)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.blocks = nn.ModuleList(block(config, layer) for layer in range(config.n_layers))
         self.norm = LayerNorm(config.width, config.norm_eps)
 
     def hidden_states(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
@@ -54,5 +45,5 @@ class GPT2(DecoderModel):
         options = {"seed": dropout.seed, "stream": 2 * len(self.blocks) + 1}
         x = self.embedding(ids, self.positions.weight, positions, dropout.p, **options)  # (B, T, C)
         for block in self.blocks:
-            x, residual = block(x, residual, cache, dropout)
+            x, residual = block(x, residual, None, cache, dropout)
         return add_norm(self.norm, x, residual, dropout, 2 * len(self.blocks))[0]

@@ -74,3 +74,31 @@ class Attention(nn.Module):
         # (B, H, T, D)
         y = attention(q, k, v, dropout_p=dropout_p) if cache is None else cache.attend(self.layer, q, k, v)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class Block(nn.Module):
+    """A pre-norm block of the parts that an architecture gives it: attention and an MLP, each behind a norm."""
+
+    def __init__(
+        self, norm1: LayerNorm | RMSNorm, attention: Attention, norm2: LayerNorm | RMSNorm, mlp: nn.Module
+    ) -> None:
+        super().__init__()
+        self.norm1 = norm1
+        self.attention = attention
+        self.norm2 = norm2
+        self.mlp = mlp
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        rotary: tuple[Tensor, Tensor] | None,
+        cache: Cache | None,
+        dropout: DropoutState,
+    ) -> tuple[Tensor, Tensor]:
+        """What the block before it gave and the residual stream before that; so the sum and the norm are one pass."""
+        layer = self.attention.layer
+        x, residual = add_norm(self.norm1, x, residual, dropout, 2 * layer)
+        x = self.attention(x, rotary, cache, dropout.p)
+        x, residual = add_norm(self.norm2, x, residual, dropout, 2 * layer + 1)
+        return self.mlp(x), residual

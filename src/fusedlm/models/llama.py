@@ -3,44 +3,30 @@
 import torch
 from torch import Tensor, nn
 
-from fusedlm.kernels import RMSNorm, RotaryEmbedding, swiglu
+from fusedlm.kernels import RMSNorm, RotaryEmbedding, SwiGLU
 from fusedlm.models.config import LlamaConfig
 from fusedlm.models.decoder import DecoderModel, check_length
-from fusedlm.models.layers import Attention, Cache, DropoutState, Linear, add_norm
+from fusedlm.models.layers import Attention, Block, Cache, Linear, add_norm
 
 
 class GatedMLP(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.gate_up = Linear(config.width, 2 * config.mlp_width, bias=False)
+        self.activation = SwiGLU()
         self.down = Linear(config.mlp_width, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate_up(x)))  # (B, T, 2F) to (B, T, F)
+        return self.down(self.activation(self.gate_up(x)))  # (B, T, 2F) to (B, T, F)
 
 
-class Block(nn.Module):
-    def __init__(self, config: LlamaConfig, layer: int) -> None:
-        super().__init__()
-        self.norm1 = RMSNorm(config.width, config.norm_eps)
-        self.attention = Attention(config, layer, bias=False)
-        self.norm2 = RMSNorm(config.width, config.norm_eps)
-        self.mlp = GatedMLP(config)
-
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        rotary: tuple[Tensor, Tensor],
-        cache: Cache | None,
-        dropout: DropoutState,
-    ) -> tuple[Tensor, Tensor]:
-        """What the block before it gave and the residual stream before that; so the sum and the norm are one pass."""
-        layer = self.attention.layer
-        x, residual = add_norm(self.norm1, x, residual, dropout, 2 * layer)
-        x = self.attention(x, rotary, cache, dropout.p)
-        x, residual = add_norm(self.norm2, x, residual, dropout, 2 * layer + 1)
-        return self.mlp(x), residual
+def block(config: LlamaConfig, layer: int) -> Block:
+    return Block(
+        RMSNorm(config.width, config.norm_eps),
+        Attention(config, layer, bias=False),
+        RMSNorm(config.width, config.norm_eps),
+        GatedMLP(config),
+    )
 
 
 class Llama(DecoderModel):
@@ -49,7 +35,7 @@ class Llama(DecoderModel):
     def __init__(self, config: LlamaConfig, dropout: float = 0.0) -> None:
         super().__init__(config, dropout)
         self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta, config.rope_scaling)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.blocks = nn.ModuleList(block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
 
     def hidden_states(self, ids: Tensor, cache: Cache | None = None) -> Tensor:

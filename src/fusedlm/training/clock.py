@@ -1,0 +1,36 @@
+"""How long a run has trained, without the pauses for evaluations and saves."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Clock:
+    """Seconds of training since `start`."""
+
+    def __init__(self) -> None:
+        self._begin = time.perf_counter()
+        self._lap: tuple[int, float] = (0, 0.0)
+
+    def start(self, done: int) -> None:
+        """done: steps of an earlier part of the run."""
+        self._begin = time.perf_counter()
+        self._lap = (done, 0.0)
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._begin
+
+    def lap(self, done: int) -> tuple[float, float]:
+        """(seconds so far, steps a second since the last lap)."""
+        before, then = self._lap
+        self._lap = (done, self.seconds)
+        return self._lap[1], (done - before) / max(self._lap[1] - then, 1e-9)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._begin += time.perf_counter() - begin

@@ -1,0 +1,49 @@
+"""Many GPUs: FSDP2 (`fully_shard`), block by block, over all ranks or within replicated groups (HSDP)."""
+
+import torch
+from torch import nn
+
+from fusedlm.models import DecoderModel
+from fusedlm.training.config import ParallelConfig
+from fusedlm.training.ranks import Ranks
+
+
+def shard(model: DecoderModel, parallel: ParallelConfig, ranks: Ranks) -> None:
+    """Divide a model's parameters among the ranks, in place; one rank keeps them whole.
+
+    Every block is gathered before its forward and its backward pass, the next one meanwhile. Raises ValueError where
+    the ranks cannot be divided into so many replicas.
+    """
+    if ranks.size == 1:
+        if parallel.replicas > 1:
+            raise ValueError(f"parallel.replicas is {parallel.replicas} and there is one process; expected torchrun")
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    if ranks.size % parallel.replicas:
+        raise ValueError(f"parallel.replicas is {parallel.replicas}; expected a divisor of {ranks.size} processes")
+    kind = ranks.device.type
+    if parallel.replicas > 1:
+        sizes = (parallel.replicas, ranks.size // parallel.replicas)
+        mesh = init_device_mesh(kind, sizes, mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(kind, (ranks.size,), mesh_dim_names=("shard",))
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if parallel.reduce_dtype == "fp32" else None)
+    options = {"mesh": mesh, "mp_policy": policy}
+    for block in model.blocks:
+        fully_shard(block, reshard_after_forward=parallel.reshard_after_forward, **options)  # type: ignore[call-overload]
+    # What is outside of blocks is needed first and last: it stays.
+    fully_shard(model, reshard_after_forward=False, **options)  # type: ignore[call-overload]
+    for method in ("loss", "hidden_states"):
+        register_fsdp_forward_method(model, method)
+
+
+@torch.no_grad()
+def gathered(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All parameters whole, on the host, by name. Every rank must call it."""
+    found = {}
+    for name, p in model.named_parameters():
+        whole = p.full_tensor() if hasattr(p, "full_tensor") else p
+        found[name] = whole.detach().to("cpu", copy=True)
+    return found

@@ -1,0 +1,48 @@
+"""Numbers of steps, read without making a GPU wait: they come to the host when they come."""
+
+from collections import deque
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fusedlm.training.step import METRICS
+
+Reading = tuple[int, dict[str, float]]  # a step, and its METRICS
+
+
+class Readings:
+    """What steps gave, in order. On a GPU copies go to pinned memory, at most `ahead` of them before the host waits."""
+
+    def __init__(self, device: torch.device, ahead: int = 8) -> None:
+        self._cuda = device.type == "cuda"
+        self._ahead = ahead
+        self._slots = torch.empty((ahead, len(METRICS)), dtype=torch.float32, pin_memory=self._cuda)
+        self._events = [torch.cuda.Event() for _ in range(ahead)] if self._cuda else []  # type: ignore[no-untyped-call]
+        self._waiting: deque[tuple[int, int]] = deque()  # step and slot
+        self._next = 0
+
+    def put(self, step: int, metrics: Tensor) -> Iterator[Reading]:
+        """metrics: METRICS of a step, on the device. Gives those that are there by now."""
+        slot = self._next
+        self._next = (slot + 1) % self._ahead
+        self._slots[slot].copy_(metrics, non_blocking=True)
+        if self._cuda:
+            self._events[slot].record()
+        self._waiting.append((step, slot))
+        while self._waiting and (len(self._waiting) == self._ahead or self._is_there(self._waiting[0][1])):
+            yield self._take()
+
+    def rest(self) -> Iterator[Reading]:
+        """All that have not been given yet; waits for them."""
+        while self._waiting:
+            yield self._take()
+
+    def _is_there(self, slot: int) -> bool:
+        return not self._cuda or bool(self._events[slot].query())  # type: ignore[no-untyped-call]
+
+    def _take(self) -> Reading:
+        step, slot = self._waiting.popleft()
+        if self._cuda:
+            self._events[slot].synchronize()
+        return step, dict(zip(METRICS, self._slots[slot].tolist(), strict=True))

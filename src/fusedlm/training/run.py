@@ -1,0 +1,143 @@
+"""`train`: a run from a configuration, in a new folder, or one that goes on in its own."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusedlm.checkpoint.load import load_checkpoint
+from fusedlm.data.dataset import Dataset
+from fusedlm.hardware import available_cores
+from fusedlm.models import DecoderModel, build_model
+from fusedlm.tokenizer.files import write_text
+from fusedlm.training.config import RunConfig, model_config, read_toml, validate
+from fusedlm.training.datasets import open_dataset
+from fusedlm.training.loggers import loggers
+from fusedlm.training.metrics import METRICS_FILE, MetricsFile, Observer
+from fusedlm.training.ranks import Ranks, join_ranks
+from fusedlm.training.trainer import Result, Sample, Trainer
+
+RUN_FILE = "run.toml"
+DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bf16-pure": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+def train(
+    config: RunConfig,
+    folder: Path | str,
+    *,
+    resume: bool = False,
+    device: str = "auto",
+    observers: Sequence[Observer] = (),
+    sample: Sample | None = None,
+    offline: bool = False,
+    cache_dir: Path | None = None,
+    profile: Path | None = None,
+) -> Result:
+    """Train a model in a folder, which holds all of the run when it is done: see docs/training.md.
+
+    resume: go on from the folder's last good checkpoint, or from the beginning where there is none yet.
+    device: "auto", "cpu" or "cuda"; under torchrun every process has its own. observers: hear of everything beside
+    metrics.csv. sample: writes a text at evaluations. offline, cache_dir: of what data and weights are fetched.
+    profile: a folder for a trace and a table of kernels of a few steps.
+
+    Raises ValueError for what cannot be, among them DataError (the data), StateError (checkpoints), TrainingError (a
+    run that cannot go on) and CheckpointError (weights to begin with).
+    """
+    folder = Path(folder)
+    with join_ranks(device) as ranks:
+        folder = ranks.gather(folder)[0]
+        observers = observers if ranks.first else ()
+        config = _with_tokenizer(_with_precision(config, ranks.device))
+        _cores(ranks)
+        if ranks.first:
+            _claim(folder, config, resume=resume)
+            _open(config, folder, observers, offline, cache_dir)
+        ranks.gather(None)  # the others wait for the dataset
+        dataset = _open(config, folder, observers, offline, cache_dir)
+        model = first_model(config, dataset, ranks.device, offline=offline, cache_dir=cache_dir)
+        own = [MetricsFile(folder / METRICS_FILE), *loggers(config, folder)] if ranks.first else []
+        parts: dict[str, Any] = {"model": model, "dataset": dataset, "ranks": ranks, "profile": profile}
+        trainer = Trainer(config, folder, observers=[*own, *observers], sample=sample, **parts)
+        if resume:
+            trainer.resume()
+        return trainer.run()
+
+
+def read_run(folder: Path) -> RunConfig:
+    """The configuration that a run was saved with. Raises ValueError where there is none."""
+    path = folder / RUN_FILE
+    if not path.exists():
+        raise ValueError(f"{folder} holds no run: {path} is missing")
+    return validate(read_toml(path), str(path))
+
+
+def first_model(
+    config: RunConfig, dataset: Dataset, device: torch.device, *, offline: bool = False, cache_dir: Path | None = None
+) -> DecoderModel:
+    """The model that a run begins with, its weights drawn or read, on a device. Raises ValueError."""
+    training, settings = config.training, config.model
+    dtype = DTYPES[training.precision or "fp32"]
+    if settings.init is not None:
+        checkpoint = load_checkpoint(settings.init, dtype=dtype, device=device, offline=offline, cache_dir=cache_dir)
+        if checkpoint.tokenizer is not None:
+            dataset.check_tokenizer(checkpoint.tokenizer, f"the tokenizer of {settings.init}")
+        model = checkpoint.model
+        model.dropout = training.dropout
+        return model.train()
+    described = model_config(settings, dataset.vocab_size)
+    if training.context is not None and training.context > described.context_length:
+        described = replace(described, context_length=training.context)
+    model = build_model(described, dropout=training.dropout)
+    model.init_weights(torch.Generator().manual_seed(training.seed))  # on the CPU: the same numbers on every device
+    return model.to(device, dtype)
+
+
+def _claim(folder: Path, config: RunConfig, *, resume: bool) -> None:
+    """Make the run's folder and write its configuration there."""
+    if not resume:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder} exists already; expected a new folder, or --resume {folder} to go on")
+        folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / RUN_FILE, config.to_toml())
+
+
+def _open(
+    config: RunConfig, folder: Path, observers: Sequence[Observer], offline: bool, cache_dir: Path | None
+) -> Dataset:
+    def say(text: str) -> None:
+        for observer in observers:
+            observer.say(text)
+
+    return open_dataset(config.data, folder / "data", offline=offline, cache_dir=cache_dir, say=say)
+
+
+def _with_precision(config: RunConfig, device: torch.device) -> RunConfig:
+    """Settled where it was left open: bf16 on a GPU that has it, else fp16; fp32 on a CPU."""
+    training = config.training
+    if training.precision is None:
+        found = "fp32"
+        if device.type == "cuda":
+            found = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+        training = training.model_copy(update={"precision": found})
+    return config.model_copy(update={"training": training})
+
+
+def _with_tokenizer(config: RunConfig) -> RunConfig:
+    """A model that is trained further keeps its tokenizer."""
+    if config.model.init is None or config.data.tokenizer is not None:
+        return config
+    return config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": config.model.init})})
+
+
+def _cores(ranks: Ranks) -> None:
+    """On a CPU, threads for the cores this process may use: torch counts those of the whole machine."""
+    if ranks.device.type == "cpu":
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), available_cores() // ranks.size)))

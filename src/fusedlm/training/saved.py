@@ -1,0 +1,107 @@
+"""A run's model from one of its checkpoints, and a model's loss on a text."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fusedlm.checkpoint.config import config_from_huggingface
+from fusedlm.data.dataset import Dataset
+from fusedlm.data.loader import Evaluation
+from fusedlm.models import DecoderModel, build_model
+from fusedlm.tokenizer.interface import Tokenizer
+from fusedlm.training.checkpoints import Checkpoints, StateError
+from fusedlm.training.config import RunConfig
+from fusedlm.training.datasets import open_dataset
+from fusedlm.training.evaluation import Evaluated, evaluate
+from fusedlm.training.lora import add_lora, merged
+from fusedlm.training.publish import model_of
+from fusedlm.training.ranks import Ranks
+from fusedlm.training.run import first_model, read_run
+from fusedlm.training.saver import load_state
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A model as a run had it after so many steps."""
+
+    model: DecoderModel
+    tokenizer: Tokenizer
+    step: int
+
+
+def saved_model(
+    folder: Path,
+    *,
+    step: int | None = None,
+    masters: bool = False,
+    offline: bool = False,
+    cache_dir: Path | None = None,
+) -> SavedModel:
+    """The model of a run's checkpoint, the last good one or that of a step, on the CPU, LoRA merged.
+
+    masters: the optimizer's fp32 weights in place of 16-bit ones. Raises ValueError where there is no run, StateError
+    where there is no such checkpoint.
+    """
+    config = read_run(folder)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    found = checkpoints.last_good() if step is None else checkpoints.verify(step)
+    if found is None:
+        raise StateError(f"{folder} has no checkpoint yet")
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    dataset = open_dataset(config.data, folder / "data", offline=offline, cache_dir=cache_dir)
+    model = _skeleton(config, dataset, found.manifest.model, offline, cache_dir)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    state: dict[str, Tensor] = {f"model.{name}": p.detach() for name, p in trained.items()}
+    load_state(found, state, ranks)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    narrow = [name for name, p in trained.items() if p.dtype in (torch.bfloat16, torch.float16)]
+    if masters and narrow and config.training.precision != "bf16-pure":
+        wide = {f"optimizer.{name}.master": torch.empty_like(parameters[name], dtype=torch.float32) for name in narrow}
+        load_state(found, wide, ranks)
+        parameters |= {name: wide[f"optimizer.{name}.master"] for name in narrow}
+    if masters:
+        parameters = {name: value.float() for name, value in parameters.items()}
+    whole = model_of(model.config, merged(parameters, config.lora))
+    return SavedModel(whole, dataset.tokenizer(), found.manifest.step)
+
+
+def _skeleton(
+    config: RunConfig, dataset: Dataset, described: object, offline: bool, cache_dir: Path | None
+) -> DecoderModel:
+    """A model of the run's shapes and dtypes; with LoRA, the frozen weights are in it."""
+    if config.lora.rank:
+        model = first_model(config, dataset, torch.device("cpu"), offline=offline, cache_dir=cache_dir)
+        add_lora(model, config.lora, config.training.seed)
+        return model
+    values = dict(described)  # type: ignore[call-overload]
+    dtype = getattr(torch, values["torch_dtype"])
+    return build_model(config_from_huggingface(values, where="the checkpoint"), dtype=dtype)
+
+
+@dataclass(frozen=True)
+class TextLoss:
+    """bits_per_byte: of the text that the targets stand for; what does not depend on the tokenizer."""
+
+    evaluated: Evaluated
+    bits_per_byte: float
+
+
+def text_loss(
+    model: DecoderModel, dataset: Dataset, split: str, *, context: int | None = None, batch_size: int = 8
+) -> TextLoss:
+    """The loss of a model on a split, whole. Raises ValueError where the tokenizer's ids are too many for the model."""
+    dataset.check_vocabulary(model.config.vocab_size)
+    context = min(context or 1024, model.config.context_length)
+    rows = Evaluation(dataset, batch_size=batch_size, context=context, split=split)
+    found = evaluate(model, rows, Ranks(0, 1, model.embedding.weight.device))
+    tokenizer, tokens = dataset.tokenizer(), dataset.split(split)
+    counts = np.bincount(tokens.tokens(1, tokens.n_tokens), minlength=dataset.vocab_size)
+    size = sum(
+        int(count) * len(tokenizer.token_bytes(id))
+        for id, count in enumerate(counts)
+        if count and not tokenizer.is_special(id)
+    )
+    return TextLoss(found, found.bits_per_byte(max(size, 1)))

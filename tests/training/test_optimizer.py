@@ -1,0 +1,127 @@
+"""Groups, schedules, and a step against torch's AdamW over one large batch."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fusedlm.models import PRESETS, DecoderModel, build_model
+from fusedlm.training.config import RunConfig, TrainingConfig, make_config
+from fusedlm.training.muon import orthogonalized
+from fusedlm.training.optimizer import Optimizer, parameter_groups
+from fusedlm.training.schedule import Schedule
+
+
+def model_of(name: str = "tiny-gpt2") -> DecoderModel:
+    model = build_model(PRESETS[name])
+    model.init_weights(torch.Generator().manual_seed(3))
+    return model
+
+
+def test_only_matrices_are_decayed() -> None:
+    model = model_of()
+    decayed, others = parameter_groups(model.parameters(), 0.3)
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+    names = {p: name for name, p in model.named_parameters()}
+    assert {names[p] for p in decayed["params"]} == {n for n, p in model.named_parameters() if p.ndim == 2}
+    assert all(names[p].endswith((".bias", "norm1.weight", "norm2.weight", "norm.weight")) for p in others["params"])
+    assert len(decayed["params"]) + len(others["params"]) == len(names)
+
+
+def schedule(kind: str, **more: Any) -> list[float]:
+    training = TrainingConfig(schedule=kind, steps=100, warmup=10, lr=1.0, min_lr=0.1, **more)  # type: ignore[arg-type]
+    found = Schedule.of(training)
+    return [found(step) for step in range(100)]
+
+
+def test_schedules() -> None:
+    for kind in ("cosine", "linear", "wsd", "constant"):
+        shares = schedule(kind)
+        assert shares[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+        assert shares[10] == 1
+        assert shares[99] == pytest.approx(1.0 if kind == "constant" else 0.1)
+    assert schedule("cosine")[10 + 89 // 3] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * (89 // 3) / 89)) / 2)
+    assert schedule("linear")[10 + 30] == pytest.approx(1 - 0.9 * 30 / 89)
+    wsd = schedule("wsd", decay=0.3)
+    assert wsd[10:71] == [1.0] * 61
+    assert wsd[85] == pytest.approx(1 - 0.9 * 15 / 29)
+    assert Schedule("cosine", 5, 10, 0.1, 0.2)(4) == 0.5  # warm-up alone
+
+
+def test_steps_equal_torchs_adamw() -> None:
+    training = TrainingConfig(lr=3e-3, betas=(0.8, 0.9), weight_decay=0.2, max_norm=0.5, eps=1e-6)
+    ours, theirs = model_of(), model_of()
+    optimizer = Optimizer(ours, training, pure=False)
+    groups = parameter_groups(theirs.parameters(), 0.2)
+    truth = torch.optim.AdamW(groups, lr=3e-3, betas=(0.8, 0.9), eps=1e-6)
+    for seed in range(4):
+        ids = torch.randint(0, 512, (2, 9), generator=torch.Generator().manual_seed(seed))
+        optimizer.zero_grad()
+        truth.zero_grad()
+        for model in (ours, theirs):
+            model.loss(ids[:, :-1], ids[:, 1:]).backward()
+        share = (seed + 1) / 4
+        optimizer.schedule(share)
+        for group in truth.param_groups:
+            group["lr"] = 3e-3 * share
+        norm = nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        optimizer.step()
+        truth.step()
+        assert float(optimizer.norm) == pytest.approx(float(norm), rel=1e-5)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+def test_orthogonalized_matrices_have_singular_values_near_one() -> None:
+    for shape in ((8, 40), (40, 8), (16, 16)):
+        matrix = torch.randn(shape, generator=torch.Generator().manual_seed(shape[0]))
+        u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+        found = orthogonalized(matrix)
+        values = torch.linalg.svdvals(found)
+        assert values.min() > 0.3
+        assert values.max() < 1.3
+        aligned = u.mT @ found @ vh.mT  # of the same singular vectors
+        assert (aligned - torch.diag(torch.diagonal(aligned))).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("name", ["tiny-gpt2", "tiny-llama"])
+def test_muon_takes_the_blocks_matrices_and_learns(name: str) -> None:
+    model = model_of(name)
+    optimizer = Optimizer(model, TrainingConfig(optimizer="muon", lr=1e-3, muon_lr=0.02), pure=False)
+    assert optimizer.muon is not None
+    assert set(optimizer.muon.param_groups[0]["names"]) == {
+        n for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2
+    }
+    ids = torch.randint(0, 512, (4, 33), generator=torch.Generator().manual_seed(1))
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = model.loss(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 1.5
+    before = [p.detach().clone() for p in model.parameters()]
+    model.blocks[0].mlp.down.weight.grad[0, 0] = torch.inf  # type: ignore[union-attr]
+    optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert int(optimizer.skipped) == 1
+
+
+def test_micro_batches_are_one_large_batch(run: Callable[..., Any]) -> None:
+    """With documents apart, micro-batches have different numbers of targets."""
+    whole, _ = run("whole", "training.steps=4", "training.max_norm=none")
+    parts, _ = run("parts", "training.steps=4", "training.micro_batches=4", "training.max_norm=none")
+    assert parts.losses == pytest.approx(whole.losses, abs=1e-5)
+    for p, q in zip(parts.weights().values(), whole.weights().values(), strict=True):
+        assert (p - q).norm() < 1e-3 * q.norm()
+
+
+def test_presets_are_what_nanogpt_has() -> None:
+    config: RunConfig = make_config("shakespeare-char")
+    training = config.training
+    assert (training.lr, training.min_lr, training.warmup, training.steps) == (1e-3, 1e-4, 100, 5000)
+    assert (training.batch_size, training.dropout, training.betas, training.weight_decay) == (64, 0.2, (0.9, 0.99), 0.1)

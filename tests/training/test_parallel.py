@@ -1,0 +1,88 @@
+"""FSDP2 with two gloo processes on the CPU: what one process computes, two do, and each goes on where the other was."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+SCRIPT = Path(__file__).with_name("two_processes.py")
+
+
+def torchrun(specs: list[dict[str, Any]], processes: int = 2) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.run([*command, str(SCRIPT), json.dumps(specs)], capture_output=True, text=True, timeout=120)
+
+
+VARIANTS = {
+    "stage 3": ["parallel.reshard_after_forward=true"],
+    "stage 2": ["parallel.reshard_after_forward=false", "training.micro_batches=2"],
+    "replicas": ["parallel.replicas=2", "training.recompute=cheap"],
+    "muon, blocks": ["training.optimizer=muon", "training.recompute=blocks"],
+    "chats": ["data.documents=separate", "training.spike_sigmas=9"],
+}
+
+
+@pytest.fixture(scope="module")
+def two(dataset_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All runs of two processes, in one launch: its start takes longer than they do."""
+    from tests.training.conftest import TINY
+
+    folder = tmp_path_factory.mktemp("two")
+    sections = {**TINY, "data": {"sources": [str(dataset_folder)]}, "checkpoints": {"interval": 4, "keep": 2}}
+    specs = [
+        {"folder": str(folder / name), "overrides": overrides, "sections": sections}
+        for name, overrides in VARIANTS.items()
+    ]
+    done = torchrun(specs)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return folder
+
+
+def told(folder: Path) -> dict[str, Any]:
+    return json.loads(folder.with_name(f"{folder.name}.json").read_text())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_two_processes_are_one(two: Path, run: Callable[..., Any], name: str, tmp_path: Path) -> None:
+    one, _ = run("one", *(o for o in VARIANTS[name] if "replicas" not in o))
+    assert told(two / name)["losses"] == pytest.approx(one.losses, abs=2e-5)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "one", two / name))
+    assert ours.keys() == theirs.keys()
+    for key, tensor in ours.items():
+        assert (tensor - theirs[key]).norm() <= 2e-3 * tensor.norm() + 1e-5, key
+    manifest = json.loads((two / name / "checkpoints" / "step-00000008" / "manifest.json").read_text())
+    assert manifest["world_size"] == 2
+    assert {"__0_0.distcp", "__1_0.distcp", ".metadata"} <= manifest["files"].keys()
+
+
+def test_a_checkpoint_goes_on_with_another_number_of_processes(
+    two: Path, run: Callable[..., Any], tmp_path: Path, dataset_folder: Path
+) -> None:
+    import shutil
+
+    from tests.training.conftest import TINY
+
+    whole, _ = run("whole")
+    shutil.copytree(two / "stage 3", tmp_path / "one")
+    (tmp_path / "one" / "checkpoints" / "step-00000008" / "__1_0.distcp").unlink()
+    parts, result = run("one", resume=True)  # of two, with one
+    assert "__1_0.distcp is missing" in parts.said[0]
+    assert (parts.began, result.steps) == ([4], 8)
+    assert parts.losses == pytest.approx(whole.losses[4:], abs=2e-5)
+
+    shutil.copytree(tmp_path / "whole", tmp_path / "two")
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-00000008")
+    sections = {**TINY, "data": {"sources": [str(dataset_folder)]}}
+    spec = {"folder": str(tmp_path / "two"), "overrides": [], "sections": sections, "resume": True}
+    broken = {**spec, "overrides": ["training.seed=3"]}
+    done = torchrun([spec, broken])
+    assert done.returncode != 0
+    assert "was made with seed 1337, and the run has 3" in done.stderr
+    assert told(tmp_path / "two")["losses"] == pytest.approx(whole.losses[4:], abs=2e-5)
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "two"))
+    assert all((tensor - theirs[key]).norm() <= 2e-3 * tensor.norm() + 1e-5 for key, tensor in ours.items())

@@ -1,0 +1,226 @@
+"""A run's state: it goes on as if nothing had happened, and what is damaged is named."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fusedlm.data.documents import find_sources
+from fusedlm.data.errors import DataError
+from fusedlm.data.prepare import prepare
+from fusedlm.training import checkpoints as module
+from fusedlm.training.checkpoints import Checkpoints, StateError
+from fusedlm.training.metrics import read_metrics
+
+VARIANTS = {
+    "adamw": [],
+    "dropout and a guard": ["training.dropout=0.2", "training.spike_sigmas=8.0"],
+    "bf16": ["training.precision=bf16", "training.micro_batches=2"],
+    "pure": ["training.precision=bf16-pure"],
+    "fp16": ["training.precision=fp16"],
+    "muon": ["training.optimizer=muon"],
+    "shuffled, recomputed": ["data.order=shuffled", "training.recompute=blocks", "training.dropout=0.1"],
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_resumed_run_ends_with_the_same_bits(run: Callable[..., Any], name: str, tmp_path: Path) -> None:
+    settings = [*VARIANTS[name], "checkpoints.keep=3"]
+    whole, _ = run("whole", *settings)
+    run("parts", *settings, "training.steps=4", "training.schedule=constant")
+    run("other", *settings)
+    last = tmp_path / "other" / "checkpoints" / "step-00000008"
+    (last / "manifest.json").unlink()  # so the one of step 4 is the last good one
+    parts, result = run("other", *settings, resume=True)
+    assert parts.began == [4]
+    assert "step-00000008/manifest.json is missing" in parts.said[0]
+    assert result.steps == 8
+    assert parts.losses == whole.losses[4:]
+    assert all(torch.equal(p, parts.weights()[key]) for key, p in whole.weights().items())
+    if name == "dropout and a guard":
+        assert {"guard.mean", "guard.variance", "guard.count"} <= whole.trainer.state().keys()
+        assert float(whole.trainer.state()["guard.count"]) == 8
+    for key, value in whole.trainer.state().items():
+        assert torch.equal(value, parts.trainer.state()[key]), key
+    rows = [r.step for r in read_metrics(tmp_path / "other" / "metrics.csv") if r.loss is not None]
+    assert rows == list(range(1, 9))
+
+
+def test_a_run_that_is_done_has_nothing_to_do(run: Callable[..., Any]) -> None:
+    run("run")
+    again, result = run("run", resume=True)
+    assert (again.began, again.losses, result.steps) == ([8], [], 8)
+    more, result = run("run", "training.steps=10", resume=True)
+    assert (more.began, len(more.losses), result.steps) == ([8], 2, 10)
+
+
+def test_checkpoints_rotate(run: Callable[..., Any], tmp_path: Path) -> None:
+    run("two", "checkpoints.interval=2", "checkpoints.keep=2")
+    assert Checkpoints(tmp_path / "two" / "checkpoints").steps() == [6, 8]
+    run("one", "checkpoints.interval=3", "checkpoints.keep=1")
+    assert Checkpoints(tmp_path / "one" / "checkpoints").steps() == [8]
+    run("end", "checkpoints.interval=0")
+    assert Checkpoints(tmp_path / "end" / "checkpoints").steps() == [8]
+
+
+class Interrupting:
+    """Sends this process a signal after a step."""
+
+    def __init__(self, number: int, at: int) -> None:
+        self.number, self.at = number, at
+
+    def record(self, record: Any) -> None:
+        if record.step == self.at:
+            os.kill(os.getpid(), self.number)
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *given: None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_first(run: Callable[..., Any], configure: Any, tmp_path: Path, number: int) -> None:
+    from fusedlm.training.run import train
+
+    whole, _ = run("whole")
+    before = signal.getsignal(number)
+    result = train(configure(), tmp_path / "run", device="cpu", observers=[Interrupting(number, 3)])
+    assert (result.interrupted, result.steps) == (number, 3)
+    assert signal.getsignal(number) is before
+    assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [3]
+    parts, _ = run("run", resume=True)
+    assert parts.losses == whole.losses[3:]
+    assert all(torch.equal(p, parts.weights()[key]) for key, p in whole.weights().items())
+
+
+def damage(kind: str, folder: Path) -> str:
+    data, manifest = folder / "__0_0.distcp", folder / "manifest.json"
+    if kind == "truncated":
+        os.truncate(data, 1000)
+        return "__0_0.distcp has 1,000 bytes; expected"
+    if kind == "bit flipped":
+        content = bytearray(data.read_bytes())
+        content[len(content) // 2] ^= 4
+        data.write_bytes(content)
+        return "__0_0.distcp has SHA-256"
+    if kind == "file missing":
+        data.unlink()
+        return "__0_0.distcp is missing; expected a file of"
+    if kind == "manifest cut":
+        os.truncate(manifest, 100)
+        return "manifest.json is damaged"
+    assert kind == "wrong step"
+    manifest.write_text(manifest.read_text().replace('"step": 8', '"step": 9'))
+    return "says step 9; expected 8"
+
+
+@pytest.mark.parametrize("kind", ["truncated", "bit flipped", "file missing", "manifest cut", "wrong step"])
+def test_damage_is_named_and_the_last_good_one_found(run: Callable[..., Any], kind: str, tmp_path: Path) -> None:
+    whole, _ = run("run")
+    folder = tmp_path / "run" / "checkpoints"
+    said = damage(kind, folder / "step-00000008")
+    again, _ = run("run", resume=True)
+    assert said in again.said[0]
+    assert "an earlier checkpoint is tried" in again.said[0]
+    assert again.began == [4]
+    assert all(torch.equal(p, again.weights()[key]) for key, p in whole.weights().items())
+    assert Checkpoints(folder).verify(8)
+
+    damage(kind, folder / "step-00000008")
+    (folder / "step-00000004" / "__0_0.distcp").unlink()
+    with pytest.raises(StateError, match=r"all 2 checkpoints in .* are damaged"):
+        run("run", resume=True)
+
+
+def test_another_dataset_tokenizer_or_model_is_refused(run: Callable[..., Any], tmp_path: Path, text: Path) -> None:
+    run("run")
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text()[:-50], encoding="utf-8")
+    prepare(find_sources([other]), tmp_path / "data", "characters")
+    with pytest.raises(DataError, match="is not the one this run began with"):
+        run("run", f"data.sources=['{tmp_path}/data']", resume=True)
+    with pytest.raises(StateError, match="was made with batch_size 4, and the run has 8"):
+        run("run", "training.batch_size=8", resume=True)
+    with pytest.raises(StateError, match="is of another model: n_embd 32, now 64"):
+        run("run", "model.width=64", resume=True)
+    with pytest.raises(StateError, match=r"has no optimizer\.blocks\.0.*momentum; it is of a run with other settings"):
+        run("run", "training.optimizer=muon", resume=True)
+
+
+def test_a_dataset_that_changes_under_a_run(run: Callable[..., Any], tmp_path: Path, text: Path) -> None:
+    folder = tmp_path / "data"
+    prepare(find_sources([text]), folder, "characters")
+    run("run", f"data.sources=['{folder}']", "training.steps=4")
+    shard = folder / "train_00000.bin"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-2])
+    with pytest.raises(DataError, match=r"train_00000\.bin has .* bytes; expected"):
+        run("run", f"data.sources=['{folder}']", resume=True)
+    shard.unlink()
+    with pytest.raises(DataError, match=r"train_00000\.bin is missing"):
+        run("run", f"data.sources=['{folder}']", resume=True)
+    shard.write_bytes(content)
+    characters = folder / "tokenizer" / "characters.json"
+    characters.write_text(characters.read_text().replace("x", "Q"))
+    with pytest.raises(DataError, match=r"the tokenizer in .* does not match the dataset"):
+        run("run", f"data.sources=['{folder}']", resume=True)
+
+
+def test_a_full_disk(run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = run("whole")
+    monkeypatch.setattr(module, "free_bytes", lambda folder: 1000)
+    with pytest.raises(StateError, match=r"is full, .* step 4 cannot be written: it takes about .* and 1,000 are free"):
+        run("none")
+    monkeypatch.undo()
+
+    # And one that fills up while it is written.
+    real = os.fsync
+
+    def full(descriptor: int) -> None:
+        if ".step-00000008" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StateError, match=r"is full, .*step 8 cannot be written.*last checkpoint is that of step 4"):
+        run("run")
+    monkeypatch.undo()
+    assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [4]
+    again, _ = run("run", resume=True)
+    assert again.began == [4]
+    assert not list((tmp_path / "run" / "checkpoints").glob(".step-*"))
+    assert all(torch.equal(p, again.weights()[key]) for key, p in whole.weights().items())
+
+
+def test_a_file_size_limit_ends_a_run_cleanly(dataset_folder: Path, tmp_path: Path) -> None:
+    """What a quota does: a write in the middle of a checkpoint fails, in the real writer."""
+    code = f"""
+import resource, signal, sys
+from fusedlm.training.config import make_config
+from fusedlm.training.run import train
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from kills import SECTIONS
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+config = make_config(None, None, (), **SECTIONS, data={{"sources": [{str(dataset_folder)!r}]}})
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    train(config, {str(tmp_path / "run")!r}, device="cpu")
+except ValueError as error:
+    print(type(error).__name__, error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "StateError the checkpoint of step 3 cannot be written" in done.stdout, done.stdout + done.stderr
+    assert "File too large" in done.stdout
+
+
+def test_kills_at_random_moments(dataset_folder: Path, tmp_path: Path) -> None:
+    """A few; `python tests/training/kills.py` does as many as one likes."""
+    command = [sys.executable, Path(__file__).with_name("kills.py"), dataset_folder, tmp_path / "kills", "--kills", "6"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "6 kills" in done.stdout
