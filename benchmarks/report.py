@@ -2,7 +2,7 @@
 
 Two pages are made whole. In all others (and in the README.md beside the folder) what stands between a line
 `<!-- figures: op, op -->` and a line `<!-- end -->` is replaced by these ops' figures, and where the first line is
-`<!-- figures: summary -->` by one sentence and the picture of all ops, `<!-- figures: decode -->` by one on CPUs.
+`<!-- figures: summary -->` by one sentence and the picture of all ops, where it names one of `cpu.BLOCKS` by those.
 """
 
 import argparse
@@ -12,7 +12,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import decode_line, embedding_table, figures, host_table, ops_table, summary, transformers_table
+from benchmarks.cpu import BLOCKS
+from benchmarks.tables import embedding_table, figures, host_table, ops_table, summary, transformers_table
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
@@ -98,7 +99,7 @@ Made by `python -m benchmarks report` from benchmarks/results/ops.json. Sizes ar
 
 
 def fill(page: Path, results: dict[str, Any], docs: Path, decode: dict[str, Any] | None = None) -> str | None:
-    """A page with its figures' blocks made anew; None where it has none. decode: what `fusedlm bench decode` measured.
+    """A page with its figures' blocks made anew; None where it has none. decode: what `fusedlm bench` measured.
 
     Raises ValueError for a block without an end, or of an op that was not measured.
     """
@@ -122,8 +123,8 @@ def fill(page: Path, results: dict[str, Any], docs: Path, decode: dict[str, Any]
                 made = summary(results["rows"], machine)
                 picture = Path(os.path.relpath(docs / "ops.png", page.parent)).as_posix()
                 made += f"\n\n![Time of the fastest peer over ours, for every op]({picture})"
-            elif block == "decode" and decode is not None:
-                made = decode_line(decode)
+            elif decode is not None and block in BLOCKS and BLOCKS[block][0] in decode:
+                made = BLOCKS[block][1](decode)
             elif set(ops) <= measured:
                 made = figures(results["rows"], ops, machine)
             else:
@@ -161,9 +162,12 @@ def write_report(results: Path, docs: Path, *, plots: bool = True) -> list[Path]
     written = list(pages)
     if plots:
         from benchmarks.plots import op_figure, save, summary_figure
+        from fusedlm.inference.bench.chart import decode_figure
 
         figures = {docs / f"kernels/plots/{name}.png": op_figure(name, ops["rows"]) for name in names}
         figures[docs / "ops.png"] = summary_figure(ops["rows"])
+        if decode is not None:
+            figures[docs / "decode_cpu.png"] = decode_figure(decode["decode"])
         for path, figure in figures.items():
             save(figure, path)
         written += list(figures)

@@ -254,19 +254,3 @@ def transformers_table(results: Mapping[str, Any]) -> str:
                 cells.append(f"{ms:.1f} ms, {found[f'{work} {variant} GiB']:.1f} GiB")
             lines.append("| " + " | ".join([*cells, f"{times[0] / times[1]:.2f}x"]) + " |")
     return "\n".join(lines)
-
-
-def decode_line(results: Mapping[str, Any]) -> str:
-    """A sentence of `fusedlm bench decode`: 8 bits beside llama.cpp's."""
-    rows = [row for row in results["decode"] if row["precision"] == "int8"]
-    found = {(row["model"], row["runner"]): row["token_seconds"] for row in rows}
-    said = []
-    for model in dict.fromkeys(model for model, _ in found):
-        ours = found[model, "fusedlm"]
-        peers = [
-            f"{name} {1 / seconds:.0f}, {seconds / ours:.2f}x"
-            for (of, name), seconds in found.items()
-            if of == model and name != "fusedlm"
-        ]
-        said.append(f"{model} {1 / ours:.0f} tokens a second ({'; '.join(peers)})")
-    return f"Without a GPU, `--quantize int8`, {results['machine']['cores']} cores: {', '.join(said)}."

@@ -3,6 +3,7 @@
 Where torch's has an option that the op lacks, asking for it is an error and nothing is left out silently.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,23 +28,23 @@ def _only(module: nn.Module, **expected: Any) -> None:
             raise ValueError(f"{type(module).__name__}: {name} is {given!r}; expected {value!r}")
 
 
-def _check_norm(module: nn.LayerNorm | nn.RMSNorm) -> None:
-    _only(module, elementwise_affine=True)
-    if len(module.normalized_shape) != 1:
-        raise ValueError(
-            f"{type(module).__name__}: normalized_shape is {tuple(module.normalized_shape)}; expected one size, that "
-            "of the last dimension"
-        )
+class _Norm(nn.Module):
+    """What both norms share: the check of their size, and that a residual is added on the way."""
 
-
-class LayerNorm(nn.LayerNorm):
-    """`layer_norm` with its parameters; given a residual, `add_layer_norm`. Arguments are torch's."""
-
-    weight: nn.Parameter
+    normalized_shape: tuple[int, ...]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _check_norm(self)
+        _only(self, elementwise_affine=True)
+        if len(self.normalized_shape) != 1:
+            raise ValueError(
+                f"{type(self).__name__}: normalized_shape is {tuple(self.normalized_shape)}; expected one size, that "
+                "of the last dimension"
+            )
+
+    def _ops(self) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]], tuple[Any, ...]]:
+        """The op alone, the op behind a sum, and what both take of the module: parameters and eps."""
+        raise NotImplementedError
 
     def forward(
         self,
@@ -54,36 +55,33 @@ class LayerNorm(nn.LayerNorm):
         seed: Tensor | None = None,
         stream: int = 0,
     ) -> Any:
-        """layer_norm(x); with a residual (layer_norm(s), s), s = dropout(x) + residual. All are (..., N)."""
+        """norm(x); with a residual (norm(s), s), s = dropout(x) + residual. All are (..., N)."""
+        norm, add_norm, own = self._ops()
         if residual is None:
-            return layer_norm(x, self.weight, self.bias, self.eps)
-        options = (self.eps, dropout_p, self.training)
-        return add_layer_norm(x, residual, self.weight, self.bias, *options, seed=seed, stream=stream)
+            return norm(x, *own)
+        return add_norm(x, residual, *own, dropout_p, self.training, seed=seed, stream=stream)
 
 
-class RMSNorm(nn.RMSNorm):
+class LayerNorm(_Norm, nn.LayerNorm):
+    """`layer_norm` with its parameters; given a residual, `add_layer_norm`. Arguments are torch's."""
+
+    weight: nn.Parameter
+
+    def _ops(self) -> Any:
+        return layer_norm, add_layer_norm, (self.weight, self.bias, self.eps)
+
+
+class RMSNorm(_Norm, nn.RMSNorm):
     """`rms_norm` with its parameter; given a residual, `add_rms_norm`. Arguments are torch's, eps 1e-6 by default."""
 
     weight: nn.Parameter
 
     def __init__(self, normalized_shape: Any, eps: float = 1e-6, **kwargs: Any) -> None:
         super().__init__(normalized_shape, eps, **kwargs)
-        _check_norm(self)
         self.eps: float = eps
 
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None = None,
-        dropout_p: float = 0.0,
-        *,
-        seed: Tensor | None = None,
-        stream: int = 0,
-    ) -> Any:
-        """rms_norm(x); with a residual (rms_norm(s), s), s = dropout(x) + residual. All are (..., N)."""
-        if residual is None:
-            return rms_norm(x, self.weight, self.eps)
-        return add_rms_norm(x, residual, self.weight, self.eps, dropout_p, self.training, seed=seed, stream=stream)
+    def _ops(self) -> Any:
+        return rms_norm, add_rms_norm, (self.weight, self.eps)
 
 
 class Embedding(nn.Embedding):

@@ -38,6 +38,8 @@ class Setting:
 class Row:
     """Times of one runner, medians over the rounds. token_rounds: the median of each."""
 
+    setting: Setting
+
     model: str
     precision: str
     runner: str
@@ -92,6 +94,8 @@ def runners(
             found.append(peers.LlamaCpp(f"llama.cpp {label}", path, setting.threads))
     if precision == "float32" and peers.installed("transformers"):
         found.append(peers.Transformers(model))
+        if peers.can_compile():
+            found.append(peers.Transformers(model, capacity, compiled=True))
     return found
 
 
@@ -110,9 +114,7 @@ def measure(found: Sequence[Runner], vocab_size: int, setting: Setting) -> dict[
             reads.append(time.perf_counter() - start)
             token = r.read(prompt)
             each = []
-            # Ten times as slow as the others, and as steady after a few tokens.
-            few = min(16, setting.new_tokens) if isinstance(r, peers.Transformers) else setting.new_tokens
-            for _ in range(few):
+            for _ in range(setting.new_tokens):
                 start = time.perf_counter()
                 token = r.step(token)
                 each.append(time.perf_counter() - start)
@@ -130,6 +132,7 @@ def bench_decode(names: Iterable[str], precisions: Iterable[str], setting: Setti
             for runner in found:
                 steps, reads = times[runner.name]
                 yield Row(
+                    setting=setting,
                     model=name,
                     precision=precision,
                     runner=runner.name,

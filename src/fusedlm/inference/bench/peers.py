@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib
+import shutil
 import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -32,6 +33,13 @@ def llama_cpp() -> Any:
 
 def installed(package: str) -> bool:
     return find_spec(package) is not None
+
+
+def can_compile() -> bool:
+    """Whether torch.compile finds the C++ compiler that it needs on a CPU."""
+    from torch._inductor import config
+
+    return any(name is not None and shutil.which(name) is not None for name in config.cpp.cxx)
 
 
 def llama_file(folder: Path, model: DecoderModel, source: Path | None, kind: str) -> Path:
@@ -141,21 +149,26 @@ class LlamaCpp:
 
 
 class Transformers:
-    """transformers in float32: its model, its cache, and nothing of its generate loop."""
+    """transformers in float32: its model, its cache, and nothing of its generate loop.
 
-    def __init__(self, model: DecoderModel, *, compiled: bool = False) -> None:
+    compiled: steps by torch.compile, over a cache that has room for `capacity` tokens from the start, as its
+    documentation advises. Prompts are read without: compiled they are no faster, and every length would take seconds.
+    """
+
+    def __init__(self, model: DecoderModel, capacity: int = 1024, *, compiled: bool = False) -> None:
         self.name = "transformers, compiled" if compiled else "transformers"
         self._lib = importlib.import_module("transformers")
+        self._lib.utils.logging.disable_progress_bar()
         with tempfile.TemporaryDirectory() as folder:
             save_checkpoint(model, Path(folder))
             self._model = self._lib.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self._forward = torch.compile(self._model) if compiled else self._model
-        self._compiled = compiled
+        self._capacity = capacity if compiled else None
 
     def _new_cache(self) -> Any:
-        if not self._compiled:
+        if self._capacity is None:
             return self._lib.DynamicCache()
-        return self._lib.StaticCache(config=self._model.config, max_cache_len=1024)
+        return self._lib.StaticCache(config=self._model.config, max_cache_len=self._capacity)
 
     def read(self, prompt: Sequence[int]) -> int:
         self._cache, self._length = self._new_cache(), 0

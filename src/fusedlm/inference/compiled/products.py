@@ -6,6 +6,8 @@ not yet got; with the arithmetic of narrow formats in between, its own look-ahea
 rows are asked for, line by line, while these are multiplied.
 """
 
+from typing import Any
+
 import numpy as np
 from numba import njit
 
@@ -33,50 +35,35 @@ LINE = 64  # bytes that memory hands over at once
 AHEAD = 6144  # bytes from the line being read to the line being asked for, at least
 
 
-@inline
-def _f32(a0, a1, a2, a3, ahead, x, columns):
-    y0 = y1 = y2 = y3 = splat(0.0)
-    whole = columns // LANES
-    for i in range(whole):
-        k = 64 * i
-        v = load_f32(x + k)
-        for j in range(4):
-            prefetch(a0 + ahead + 4 * k + LINE * j)
-        y0 = fma(load_f32(a0 + k), v, y0)
-        y1 = fma(load_f32(a1 + k), v, y1)
-        y2 = fma(load_f32(a2 + k), v, y2)
-        y3 = fma(load_f32(a3 + k), v, y3)
-    left, k = columns - LANES * whole, 64 * whole
-    if left:
-        v = load_f32(x + k)
-        y0 = fma(load_f32_part(a0 + k, left), v, y0)
-        y1 = fma(load_f32_part(a1 + k, left), v, y1)
-        y2 = fma(load_f32_part(a2 + k, left), v, y2)
-        y3 = fma(load_f32_part(a3 + k, left), v, y3)
-    return total(y0), total(y1), total(y2), total(y3)
+def _rows_of(size: int, load: Any, load_part: Any) -> Any:
+    """The product of four rows with x, whose elements have `size` bytes and are loaded by these two."""
+
+    @inline
+    def rows(a0, a1, a2, a3, ahead, x, columns):
+        y0 = y1 = y2 = y3 = splat(0.0)
+        whole = columns // LANES
+        for i in range(whole):
+            k = LANES * size * i
+            v = load_f32(x + 64 * i)
+            for j in range(size):  # 16 elements of four rows are so many lines
+                prefetch(a0 + ahead + 4 * k + LINE * j)
+            y0 = fma(load(a0 + k), v, y0)
+            y1 = fma(load(a1 + k), v, y1)
+            y2 = fma(load(a2 + k), v, y2)
+            y3 = fma(load(a3 + k), v, y3)
+        left, k = columns - LANES * whole, LANES * size * whole
+        if left:
+            v = load_f32(x + 64 * whole)
+            y0 = fma(load_part(a0 + k, left), v, y0)
+            y1 = fma(load_part(a1 + k, left), v, y1)
+            y2 = fma(load_part(a2 + k, left), v, y2)
+            y3 = fma(load_part(a3 + k, left), v, y3)
+        return total(y0), total(y1), total(y2), total(y3)
+
+    return rows
 
 
-@inline
-def _bf16(a0, a1, a2, a3, ahead, x, columns):
-    y0 = y1 = y2 = y3 = splat(0.0)
-    whole = columns // LANES
-    for i in range(whole):
-        k = 32 * i
-        v = load_f32(x + 2 * k)
-        for j in range(2):
-            prefetch(a0 + ahead + 4 * k + LINE * j)
-        y0 = fma(load_bf16(a0 + k), v, y0)
-        y1 = fma(load_bf16(a1 + k), v, y1)
-        y2 = fma(load_bf16(a2 + k), v, y2)
-        y3 = fma(load_bf16(a3 + k), v, y3)
-    left, k = columns - LANES * whole, 32 * whole
-    if left:
-        v = load_f32(x + 2 * k)
-        y0 = fma(load_bf16_part(a0 + k, left), v, y0)
-        y1 = fma(load_bf16_part(a1 + k, left), v, y1)
-        y2 = fma(load_bf16_part(a2 + k, left), v, y2)
-        y3 = fma(load_bf16_part(a3 + k, left), v, y3)
-    return total(y0), total(y1), total(y2), total(y3)
+_f32, _bf16 = _rows_of(4, load_f32, load_f32_part), _rows_of(2, load_bf16, load_bf16_part)
 
 
 @inline
