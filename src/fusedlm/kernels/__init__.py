@@ -7,7 +7,7 @@ from fusedlm.kernels._backend import backend
 from fusedlm.kernels._index_errors import raise_index_errors
 from fusedlm.kernels._philox import dropout_seed
 from fusedlm.kernels.adamw import AdamW, Workspace, adamw, global_norm
-from fusedlm.kernels.attention import attention
+from fusedlm.kernels.attention import attention, split_heads
 from fusedlm.kernels.cross_entropy import cross_entropy
 from fusedlm.kernels.dropout import dropout
 from fusedlm.kernels.embedding import embedding
@@ -67,5 +67,6 @@ __all__ = [
     "rotary_tables",
     "sample",
     "softmax",
+    "split_heads",
     "swiglu",
 ]

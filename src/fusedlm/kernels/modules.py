@@ -111,10 +111,10 @@ class Embedding(nn.Embedding):
 
 
 class GELU(nn.GELU):
-    """`gelu`."""
+    """`gelu`, of the input plus a bias where one is given."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return gelu(input, self.approximate)  # type: ignore[arg-type]
+    def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
+        return gelu(input, self.approximate, bias)  # type: ignore[arg-type]
 
 
 class SwiGLU(nn.Module):

@@ -22,10 +22,11 @@ from fusedlm.kernels._operator import operator
 from fusedlm.kernels._triton import tl, triton
 
 
-def rope_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rope_ref(x: Tensor, cos: Tensor, sin: Tensor, heads: int | None = None) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
-    x1, x2 = x.to(wide).chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+    x1, x2 = x[:, :heads].to(wide).chunk(2, dim=-1)
+    y = torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+    return y if y.shape == x.shape else torch.cat((y, x[:, heads:]), dim=1)
 
 
 @triton.jit
@@ -44,6 +45,7 @@ def _kernel(
     table_stride_t,
     H,
     T,
+    heads,  # how many are rotated; the others are copied
     HALF: tl.constexpr,  # D / 2
     INVERSE: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -68,9 +70,12 @@ def _kernel(
     mask = inside & (h < H)
     x1 = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     x2 = tl.load(x_ptr + at + HALF, mask=mask, other=0.0).to(tl.float32)
+    y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
+    rotated = h < heads
+    y1, y2 = tl.where(rotated, y1, x1), tl.where(rotated, y2, x2)
     out = b * y_stride_b + h.to(tl.int64) * y_stride_h + t64 * y_stride_t + d
-    tl.store(y_ptr + out, (x1 * cos - x2 * sin).to(y_ptr.dtype.element_ty), mask=mask)
-    tl.store(y_ptr + out + HALF, (x2 * cos + x1 * sin).to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + out, y1.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + out + HALF, y2.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @functools.cache
@@ -91,8 +96,8 @@ def _empty(x: Tensor) -> Tensor:
     return x.new_empty((B, H, T, D))
 
 
-@operator(fake=lambda x, cos, sin, inverse: _empty(x))
-def _rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+@operator(fake=lambda x, *_: _empty(x))
+def _rope(x: Tensor, cos: Tensor, sin: Tensor, heads: int, inverse: bool) -> Tensor:
     y = _empty(x)
     if x.stride(-1) != 1:
         x = x.contiguous()
@@ -104,7 +109,7 @@ def _rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
             tables = [t.contiguous() for t in tables]
         config = _config(H, D // 2)
         grid = (B * triton.cdiv(T, config["BLOCK_T"]) * triton.cdiv(H, config["BLOCK_H"]), 1, 1)
-        scalars = (*x.stride()[:3], *y.stride()[:3], *tables[0].stride()[:2], H, T)
+        scalars = (*x.stride()[:3], *y.stride()[:3], *tables[0].stride()[:2], H, T, heads)
         constants = {"HALF": D // 2, "INVERSE": inverse, **config}
         launch(_kernel, grid, (x.dtype, cos.dtype), (x, *tables, y), scalars, constants)
     return y
@@ -112,21 +117,23 @@ def _rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rope(x, cos, sin, False)
+        ctx.heads = heads
+        return _rope(x, cos, sin, heads, False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        return _rope(dy, *ctx.saved_tensors, True), None, None
+        return _rope(dy, *ctx.saved_tensors, ctx.heads, True), None, None, None
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rope(x: Tensor, cos: Tensor, sin: Tensor, heads: int | None = None) -> Tensor:
     """Rotate the two halves of x's last dimension against each other.
 
     x: (B, H, T, D), any strides, D even. cos, sin: (T, D/2), or (B, 1, T, D/2) where sequences have positions of their
-    own; fp32 (fp64 for fp64 x), see `rotary_tables`. Not differentiated with respect to the tables.
+    own; fp32 (fp64 for fp64 x), see `rotary_tables`. Not differentiated with respect to the tables. heads: so many of
+    the H are rotated, the first ones, and the others copied: of queries, keys and values side by side, the values.
     Returns x's shape and dtype. Raises ValueError for other shapes.
     """
     B, _, T, D = x.shape if x.ndim == 4 else (0, 0, 0, 1)
@@ -135,11 +142,12 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             f"x has shape {tuple(x.shape)}, cos {tuple(cos.shape)} and sin {tuple(sin.shape)}; expected (B, H, T, D) "
             "with an even D, and tables of (T, D/2) or (B, 1, T, D/2)"
         )
+    heads = x.shape[1] if heads is None else heads
     if not use_triton(x):
-        return rope_ref(x, cos, sin)
+        return rope_ref(x, cos, sin, heads)
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Rope.apply(x, cos, sin)
-    return _rope(x, cos, sin, False)
+        return _Rope.apply(x, cos, sin, heads)
+    return _rope(x, cos, sin, heads, False)
 
 
 @dataclass(frozen=True, kw_only=True)

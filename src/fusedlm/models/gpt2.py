@@ -16,7 +16,7 @@ class MLP(nn.Module):
         self.down = Linear(config.mlp_width, config.width, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.up(x)))
+        return self.down(self.activation(self.up.without_bias(x), self.up.bias))
 
 
 def block(config: GPT2Config, layer: int) -> Block:

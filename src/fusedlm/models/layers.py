@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fusedlm.kernels import LayerNorm, RMSNorm, attention, linear, rope
+from fusedlm.kernels import LayerNorm, RMSNorm, attention, linear, rope, split_heads
 from fusedlm.models.config import ModelConfig
 
 
@@ -32,6 +32,10 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+    def without_bias(self, x: Tensor) -> Tensor:
+        """For an activation that adds it."""
+        return linear(x, self.weight)
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,9 @@ class Attention(nn.Module):
         """x: (B, T, C). dropout_p: of the attention weights, without a cache. Returns (B, T, C)."""
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, sum(self.heads), self.head_dim).transpose(1, 2)  # (B, H+2G, T, D)
-        q, k, v = qkv.split(self.heads, dim=1)
         if rotary is not None:
-            q, k = rope(q, *rotary), rope(k, *rotary)
+            qkv = rope(qkv, *rotary, heads=self.heads[0] + self.heads[1])
+        q, k, v = split_heads(qkv, self.heads)
         # (B, H, T, D)
         y = attention(q, k, v, dropout_p=dropout_p) if cache is None else cache.attend(self.layer, q, k, v)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))

@@ -97,8 +97,10 @@ class _Step:
         if not first and self.training.recompute != "blocks":
             self.ledger.give(x)
         kept["qkv"] = self.attention(self.qkv)
-        if not self.gpt2:  # rotated; v remains a view of qkv and holds it
-            kept["q"], kept["k"] = self.attention(self.q), self.attention(self.k)
+        if not self.gpt2:  # rotated, beside a copy of v
+            rotated = self.attention(self.qkv)
+            self.ledger.give(kept["qkv"])
+            kept["qkv"] = rotated
         kept["o"], kept["lse"] = self.attention(self.q), self.attention(self.lse)
         if self.fp8:
             kept["o8"] = self.input("attention", self.q)
@@ -140,6 +142,13 @@ class _Step:
         else:
             self.ledger.take("gradients", count * self.e)
 
+    def bias_sums(self, N: int) -> None:
+        """Of N biases: partial sums over parts of the rows, in blocks of columns; see kernels/_columns.py."""
+        if self.gpt2:
+            blocks = -(-N // min(1 << (N - 1).bit_length(), 256))
+            parts = max(8 * self.gpu.sms // blocks, 1)
+            self.ledger.give(self.ledger.take("workspace", min(parts, self.M / 8) * N * 4))
+
     def divide(self) -> None:
         """FSDP: of gradients that are whole, and summed over GPUs, each keeps its part."""
         for held in self.whole:
@@ -168,8 +177,10 @@ class _Step:
             kept["act"] = self.input("mlp", self.act)
         dact = self.mlp(self.act)
         self.gradient(layer.size(layer.down))
+        self.bias_sums(layer.down[0])
         give(dx, kept["act"])
         dup = self.mlp(self.up)
+        self.bias_sums(layer.up[0])
         give(dact, kept["up"])
         if "y2" not in kept:
             kept["y2"] = self.input("residual", self.x)
@@ -180,23 +191,20 @@ class _Step:
 
         do = self.attention(self.q)
         self.gradient(layer.size(layer.out))
+        self.bias_sums(layer.out[0])
         give(dx, kept.get("o8"))
         delta = self.attention(self.lse)
-        dq, dk, dv = self.attention(self.q), self.attention(self.k), self.attention(self.k)
-        give(delta, do, *(kept.get(name) for name in ("qkv", "q", "k", "o", "lse")))
+        dqkv = self.attention(self.qkv)  # side by side
+        give(delta, do, *(kept.get(name) for name in ("qkv", "o", "lse")))
         if not self.gpt2:  # rotated back
-            for name, size in (("k", self.k), ("q", self.q)):
-                rotated = self.attention(size)
-                give(dk if name == "k" else dq)
-                dq, dk = (dq, rotated) if name == "k" else (rotated, dk)
-        side_by_side = self.attention(self.qkv)
-        give(dq, dk, dv)
-        dqkv = self.attention(self.qkv)  # tokens outermost again
-        give(side_by_side)
+            rotated = self.attention(self.qkv)
+            give(dqkv)
+            dqkv = rotated
         if "y1" not in kept:
             kept["y1"] = self.input("residual", self.x)
         dy = self.residual(self.x)
         self.gradient(layer.size(layer.qkv))
+        self.bias_sums(layer.qkv[0])
         give(dqkv, kept["y1"])
         if first:  # no sum before this norm: the two gradients of the embedding are added in place
             dx, _ = self.norm_backward(dy, None, kept["s1"], kept["stats1"], False)

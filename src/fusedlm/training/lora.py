@@ -26,8 +26,18 @@ class LoRALinear(nn.Module):
         self.a = nn.Parameter(a.to(base.weight.device, base.weight.dtype))
         self.b = nn.Parameter(torch.zeros(N, rank, device=base.weight.device, dtype=base.weight.dtype))
 
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
     def forward(self, x: Tensor) -> Tensor:
-        return torch.add(self.base(x), linear(linear(x, self.a), self.b), alpha=self.scale)
+        return self._added(self.base(x), x)
+
+    def without_bias(self, x: Tensor) -> Tensor:
+        return self._added(self.base.without_bias(x), x)
+
+    def _added(self, y: Tensor, x: Tensor) -> Tensor:
+        return torch.add(y, linear(linear(x, self.a), self.b), alpha=self.scale)
 
 
 def add_lora(model: DecoderModel, lora: LoRAConfig, seed: int) -> None:

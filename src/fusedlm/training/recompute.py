@@ -23,17 +23,17 @@ CHEAP = (LayerNorm, RMSNorm, GELU, SwiGLU)
 class Again:
     """How a tensor is computed anew. While somebody holds the result, it is not computed twice."""
 
-    def __init__(self, module: nn.Module, x: Tensor) -> None:
-        """x: what the module was given; of a norm behind a sum, the sum, which is what it is the norm of."""
+    def __init__(self, module: nn.Module, *given: Tensor | None) -> None:
+        """given: what the module was given; of a norm behind a sum, the sum, which is what it is the norm of."""
         self.module = module
-        self.x = x.detach()
+        self.given = tuple(t if t is None else t.detach() for t in given)
         self._result: Callable[[], Tensor | None] = lambda: None
 
     def __call__(self) -> Tensor:
         result = self._result()
         if result is None:
             with torch.no_grad():
-                result = self.module.forward(self.x)
+                result = self.module.forward(*self.given)
             self._result = weakref.ref(result)
         return result
 
@@ -64,9 +64,9 @@ class RecomputeCheap(saved_tensors_hooks):
     def _note(self, module: nn.Module, given: tuple[Any, ...], result: Any) -> None:
         if not self._active or not torch.is_grad_enabled():
             return
-        y, x = result if isinstance(result, tuple) else (result, given[0])
+        y, *of = result if isinstance(result, tuple) else (result, *given)
         if y.is_contiguous() and y.storage_offset() == 0:
-            self._last = weakref.ref(y.untyped_storage()), Again(module, x)
+            self._last = weakref.ref(y.untyped_storage()), Again(module, *of)
 
     def _pack(self, t: Tensor) -> Any:
         if self._last is not None and self._last[0]() is t.untyped_storage():

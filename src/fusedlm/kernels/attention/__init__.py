@@ -21,7 +21,10 @@ from fusedlm.kernels._backend import forced, use_triton
 from fusedlm.kernels._launch import capability
 from fusedlm.kernels._operator import operator
 from fusedlm.kernels._philox import drop_threshold, dropout_seed, keep_tile_ref
+from fusedlm.kernels.attention.heads import heads_side_by_side, split_heads
 from fusedlm.kernels.attention.launches import Setting, backward, forward, tokens_outside
+
+__all__ = ["attention", "attention_ref", "split_heads"]
 
 MAX_D = 256
 
@@ -136,7 +139,9 @@ def _attention_backward(
     if not o.numel() or not k.numel():
         dq, dk, dv = (tokens_outside(t).zero_() for t in (q, k, v))
         return dq, dk, dv
-    return backward(do, q, k, v, o, lse, Setting(offset, cu_seqlens, seed, causal, start, scale, p, stream))
+    setting = Setting(offset, cu_seqlens, seed, causal, start, scale, p, stream)
+    gradients = tokens_outside(q), tokens_outside(k), tokens_outside(v)  # an operator's results share no memory
+    return backward(do, q, k, v, o, lse, setting, gradients)
 
 
 class _Attention(torch.autograd.Function):
@@ -150,7 +155,13 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> Any:
-        return *_attention_backward(do, *ctx.saved_tensors, *ctx.numbers), *([None] * 8)
+        q, k, v, o, lse, offset, cu_seqlens, seed = ctx.saved_tensors
+        if torch.compiler.is_compiling() or q.shape[2] != k.shape[2] or not o.numel():
+            gradients = _attention_backward(do, *ctx.saved_tensors, *ctx.numbers)
+        else:
+            setting = Setting(offset, cu_seqlens, seed, *ctx.numbers)
+            gradients = backward(do, q, k, v, o, lse, setting, heads_side_by_side(q, k))
+        return *gradients, *([None] * 8)
 
 
 def attention(

@@ -160,10 +160,17 @@ def forward(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, 
 
 
 def backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, setting: Setting
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    setting: Setting,
+    gradients: tuple[Tensor, Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv). Nothing is empty."""
-    dq, dk, dv = tokens_outside(q), tokens_outside(k), tokens_outside(v)
+    """(dq, dk, dv), written to the tensors given for them, whose stride along D is 1. Nothing is empty."""
+    dq, dk, dv = gradients
     delta = torch.empty_like(lse)
     q, k, v, do = _tiled(q), _tiled(k), _tiled(v), _tiled(do)
     (B, H, T, D), (_, G, S, _) = q.shape, k.shape

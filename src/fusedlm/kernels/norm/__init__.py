@@ -98,6 +98,15 @@ def _sum_config(P: int) -> dict[str, int]:
     return {"BLOCK_P": block, "BLOCK_N": 1024 // block, "num_warps": 4}
 
 
+def sum_partials(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n, N) in dtype: the sums over P of (n, P, N) fp32, in a fixed order."""
+    n, P, N = partial.shape
+    sums = torch.empty((n, N), dtype=dtype, device=partial.device)
+    config = {"N": N, **_sum_config(P)}
+    launch(sum_rows_kernel, (triton.cdiv(N, config["BLOCK_N"]), n, 1), dtype, (partial, sums), (P,), config)
+    return sums
+
+
 def _forward(
     x: Tensor,
     r: Tensor | None,
@@ -189,18 +198,16 @@ def _norm_backward(
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dropped = torch.empty_like(dx) if seed is not None else None
     partial = torch.empty((2 if bias else 1, programs, N), dtype=torch.float32, device=x.device)
-    sums = torch.zeros if not M else torch.empty
-    dweight = sums((partial.shape[0], N), dtype=weight.dtype, device=x.device)
-    if M:
+    if not M:
+        dweight = torch.zeros((partial.shape[0], N), dtype=weight.dtype, device=x.device)
+    else:
         rstd, means = stats[0], stats[1] if stats.shape[0] == 2 else None
         key = (x.dtype, dy.dtype, weight.dtype, ds2 is None, bias, seed is None)
         strides = (dy2.stride(0), 0 if ds2 is None else ds2.stride(0), x2.stride(0))
         tensors = (dy2, ds2, x2, weight, means, rstd, dx, dropped, partial[0], partial[1] if bias else None, seed)
         scalars = (*strides, M, stream, *drop_threshold(p))
         launch(bwd_kernel, (programs, 1, 1), key, tensors, scalars, constants)
-        config = {"N": N, **_sum_config(programs)}
-        grid = (triton.cdiv(N, config["BLOCK_N"]), partial.shape[0], 1)
-        launch(sum_rows_kernel, grid, weight.dtype, (partial, dweight), (programs,), config)
+        dweight = sum_partials(partial, weight.dtype)
     return [dx, dweight] if dropped is None else [dx, dropped, dweight]
 
 

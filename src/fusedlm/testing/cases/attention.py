@@ -49,18 +49,18 @@ CASES = (
         reference=_reference,
         inputs=_inputs,
         shapes=(
-            {"B": 1, "H": 2, "T": 40, "D": 16},
+            {"B": 1, "H": 2, "T": 40, "D": 64},
             {"B": 1, "H": 4, "G": 2, "T": 21, "S": 40, "D": 24},
-            {"B": 3, "H": 2, "G": 1, "T": 18, "S": 35, "D": 20, "each": True},
-            {"B": 1, "H": 2, "T": 37, "S": 20, "D": 32, "causal": False},
+            {"B": 3, "H": 2, "G": 1, "T": 18, "S": 35, "D": 40, "each": True},
+            {"B": 1, "H": 2, "T": 37, "S": 20, "D": 20, "causal": False},
             {"B": 1, "H": 1, "T": 43, "D": 16, "packed": (5, 0, 20, 1, 17)},
             {"B": 1, "H": 2, "G": 1, "T": 26, "D": 16, "packed": (17, 9), "causal": False},
             {"B": 2, "H": 2, "G": 1, "T": 36, "S": 45, "D": 16, "p": 0.3},
             {"B": 1, "H": 2, "T": 43, "D": 16, "packed": (5, 21, 17), "p": 0.2},
-            {"B": 1, "H": 2, "T": 20, "S": 9, "D": 16},  # the first queries see nothing
-            {"B": 1, "H": 1, "T": 20, "S": 25, "D": 16, "offset": 40},  # behind the last key
+            {"B": 1, "H": 2, "T": 20, "S": 9, "D": 128},  # the first queries see nothing
+            {"B": 1, "H": 1, "T": 20, "S": 25, "D": 72, "offset": 40},  # behind the last key
             {"B": 1, "H": 1, "T": 32, "S": 48, "D": 24},  # whole blocks of tokens, but not of D
-            {"B": 1, "H": 1, "T": 128, "D": 16},
+            {"B": 1, "H": 1, "T": 128, "D": 128},
         ),
         gradients=("q", "k", "v"),
         traffic=lambda s: (4 * s["B"] * s["H"] * s["T"] * s["D"], 8 * s["B"] * s["H"] * s["T"] * s["D"]),

@@ -15,7 +15,8 @@ def _inputs(shape: Shape, g: torch.Generator | None) -> Inputs:
     if shape.get("each"):
         positions = torch.stack([positions + 11 * b for b in range(B)])
     cos, sin = rotary_tables(positions, frequencies)
-    return {"x": x, "cos": cos, "sin": sin}
+    some = {"heads": shape["heads"]} if "heads" in shape else {}
+    return {"x": x, "cos": cos, "sin": sin, **some}
 
 
 def _elements(s: Shape) -> int:
@@ -32,6 +33,7 @@ CASES = (
             {"B": 2, "T": 5, "H": 3, "D": 10},
             {"B": 2, "T": 7, "H": 4, "D": 16, "each": True},
             {"B": 1, "T": 3, "H": 12, "D": 64},
+            {"B": 2, "T": 5, "H": 8, "D": 10, "heads": 5},  # the others are copied
         ),
         gradients=("x",),
         fixed=("cos", "sin"),

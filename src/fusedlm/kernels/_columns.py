@@ -1,0 +1,54 @@
+"""Sums over the rows of a tall matrix, as the gradient of a bias is: in a fixed order, in fp32, reading it once."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedlm.kernels._backend import interpreting
+from fusedlm.kernels._launch import launch, num_programs
+from fusedlm.kernels._operator import operator
+from fusedlm.kernels._triton import tl, triton
+from fusedlm.kernels.norm import sum_partials
+
+
+@functools.cache
+def column_config(M: int, N: int, device: torch.device) -> tuple[dict[str, Any], int, int, int]:
+    """(constants, blocks of columns, parts that rows are cut into, rows of a part) of kernels that go down columns."""
+    block_n = min(triton.next_power_of_2(N), 16 if interpreting() else 256)
+    block_m = 4 if interpreting() else 2048 // block_n
+    blocks = triton.cdiv(N, block_n)
+    parts = max(num_programs(device, 8) // blocks, 1)
+    rows = triton.cdiv(triton.cdiv(M, parts), block_m) * block_m
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4}, blocks, triton.cdiv(M, rows), rows
+
+
+@triton.jit
+def _column_sums_kernel(x_ptr, sums_ptr, x_stride, M, N, rows, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    blocks = tl.cdiv(N, BLOCK_N)
+    part = tl.program_id(0) // blocks
+    cols = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(part * rows, tl.minimum((part + 1) * rows, M), BLOCK_M):
+        lines = start + tl.arange(0, BLOCK_M)
+        at = lines[:, None].to(tl.int64) * x_stride + cols[None, :]
+        total += tl.load(x_ptr + at, mask=(lines < M)[:, None] & (cols < N)[None, :], other=0.0).to(tl.float32)
+    tl.store(sums_ptr + tl.cast(part, tl.int64) * N + cols, tl.sum(total, 0), mask=cols < N)
+
+
+@operator(fake=lambda x: x.new_empty(x.shape[1]))
+def _column_sums(x: Tensor) -> Tensor:
+    """(N,) of x, (M, N) with unit stride along N; in x's dtype."""
+    M, N = x.shape
+    if not M or not N:
+        return x.new_zeros(N)
+    constants, blocks, parts, rows = column_config(M, N, x.device)
+    partial = torch.empty((1, parts, N), dtype=torch.float32, device=x.device)
+    launch(_column_sums_kernel, (blocks * parts, 1, 1), x.dtype, (x, partial), (x.stride(0), M, N, rows), constants)
+    return sum_partials(partial, x.dtype)[0]
+
+
+def column_sums(x: Tensor) -> Tensor:
+    """(N,) of x, (M, N) with unit stride along N, on a GPU; in x's dtype."""
+    return _column_sums(x)
