@@ -22,7 +22,7 @@ def peers_of(case: OpCase, shape: Shape) -> dict[str, Peer]:
     peers = {"torch": eager, **MORE.get(case.name, {})}
     peers = {name: peer for name, peer in peers.items() if peer.takes(shape)}
     compiled = COMPILED.get(case.name, eager)
-    if compiled is not None:
+    if compiled is not None and compiled.takes(shape):
         function = torch.compile(compiled.function, dynamic=False)
         peers["compile"] = Peer(function, source=compiled.function, random=compiled.random)
     if importlib.util.find_spec("liger_kernel"):

@@ -142,7 +142,7 @@ EAGER: dict[str, Peer] = {
     "add_layer_norm": Peer(_add_layer_norm),
     "add_rms_norm": Peer(_add_rms_norm),
     "dropout": Peer(_dropout, random=True),
-    "rope": Peer(_rope),
+    "rope": Peer(_rope, takes=lambda shape: "heads" not in shape),
     "embedding": Peer(_embedding, random=True),
     "cross_entropy": Peer(_cross_entropy),
     "linear_cross_entropy": Peer(_linear_cross_entropy),
@@ -152,7 +152,7 @@ EAGER: dict[str, Peer] = {
 }
 
 COMPILED: dict[str, Peer | None] = {
-    "rope": Peer(_rope_wide),
+    "rope": Peer(_rope_wide, takes=lambda shape: "heads" not in shape),
     "cross_entropy": Peer(_cross_entropy_wide),
     "linear_cross_entropy": Peer(_linear_cross_entropy_wide),
     "adamw": None,

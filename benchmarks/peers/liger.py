@@ -104,7 +104,7 @@ LIGER: dict[str, Peer] = {
     "swiglu": Peer(_swiglu, writes_inputs=True),
     "swiglu_halves": Peer(_swiglu_halves),
     "softmax": Peer(_softmax, takes=lambda shape: shape["N"] <= 65536),
-    "rope": Peer(_rope, writes_inputs=True),
+    "rope": Peer(_rope, writes_inputs=True, takes=lambda shape: "heads" not in shape),
     "embedding": Peer(_embedding, random=True),
     "cross_entropy": Peer(_cross_entropy, writes_inputs=True, waits=True),
     "linear_cross_entropy": Peer(_linear_cross_entropy, waits=True),

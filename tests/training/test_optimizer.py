@@ -10,7 +10,7 @@ from torch import nn
 
 from fusedlm.models import PRESETS, DecoderModel, build_model
 from fusedlm.training.config import RunConfig, TrainingConfig, make_config
-from fusedlm.training.muon import orthogonalized
+from fusedlm.training.muon import Muon, orthogonalized
 from fusedlm.training.optimizer import Optimizer, parameter_groups
 from fusedlm.training.schedule import Schedule
 
@@ -109,6 +109,34 @@ def test_muon_takes_the_blocks_matrices_and_learns(name: str) -> None:
     optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert int(optimizer.skipped) == 1
+
+
+def test_muon_is_torchs() -> None:
+    """Of matrices that are one; torch's iteration is in bf16, so its updates are near and not equal."""
+    generator = torch.Generator().manual_seed(4)
+    first = [torch.randn(shape, generator=generator) * 0.1 for shape in ((24, 12), (12, 24))]
+    ours, theirs = ([nn.Parameter(w.clone()) for w in first] for _ in range(2))
+    named = [("blocks.0.mlp.up.weight", ours[0]), ("blocks.0.mlp.down.weight", ours[1])]
+    optimizer = Muon(named, lr=torch.tensor(0.02), weight_decay=0.3)
+    truth = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.3, momentum=0.95, nesterov=True)
+    for _ in range(6):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        optimizer.step(torch.tensor(1.0))
+        truth.step()
+    for p, q, w in zip(ours, theirs, first, strict=True):
+        assert (p - q).norm() < 0.02 * (q - w).norm()
+
+
+def test_muon_splits_what_is_several_in_one() -> None:
+    for name, rows in (("attention.qkv", [8, 4, 4]), ("mlp.gate_up", [8, 8]), ("mlp.up", [16])):
+        w = nn.Parameter(torch.zeros(16, 8))
+        optimizer = Muon([(f"blocks.0.{name}.weight", w)], lr=torch.tensor(1.0), weight_decay=0.0)
+        w.grad = torch.randn(16, 8, generator=torch.Generator().manual_seed(1))
+        optimizer.step(torch.tensor(1.0))
+        parts = [orthogonalized(g) * max(1, g.shape[0] / 8) ** 0.5 for g in w.grad.split(rows)]
+        torch.testing.assert_close(-w, torch.cat(parts), rtol=1e-5, atol=1e-6)
 
 
 def test_micro_batches_are_one_large_batch(run: Callable[..., Any]) -> None:

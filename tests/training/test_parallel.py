@@ -80,9 +80,12 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(
     sections = {**TINY, "data": {"sources": [str(dataset_folder)]}}
     spec = {"folder": str(tmp_path / "two"), "overrides": [], "sections": sections, "resume": True}
     broken = {**spec, "overrides": ["training.seed=3"]}
-    done = torchrun([spec, broken])
+    lost = {"folder": str(tmp_path / "lost"), "sections": sections}
+    lost["overrides"] = ["training.lr=1e30", "training.max_skipped=3"]  # the first update makes products overflow
+    done = torchrun([lost, spec, broken])
     assert done.returncode != 0
     assert "was made with seed 1337, and the run has 3" in done.stderr
     assert told(tmp_path / "two")["losses"] == pytest.approx(whole.losses[4:], abs=2e-5)
+    assert (tmp_path / "lost.error").read_text().startswith("step 4, micro-batch 1 of 1: the output of blocks.")
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "two"))
     assert all((tensor - theirs[key]).norm() <= 2e-3 * tensor.norm() + 1e-5 for key, tensor in ours.items())

@@ -64,7 +64,8 @@ def test_masters_are_what_torchs_adamw_makes_of_fp32_copies() -> None:
 
 def test_fp16_finds_its_scale_and_keeps_gradients_in_fp32() -> None:
     p = torch.nn.Parameter(torch.ones(3, dtype=torch.float16))
-    scaling = LossScale([p], torch.device("cpu"), first=2.0**17)
+    p.grad_dtype = torch.float32
+    scaling = LossScale(torch.device("cpu"), first=2.0**17)
     seen = []
     for _ in range(4):
         p.grad = None
@@ -81,6 +82,28 @@ def test_fp16_finds_its_scale_and_keeps_gradients_in_fp32() -> None:
     scaling.good.fill_(1999)
     scaling.update(torch.tensor(1.0))
     assert (float(scaling.scale), float(scaling.good)) == (2.0**16, 0.0)
+
+
+def test_gradients_are_summed_in_fp32_where_asked_for(run: Callable[..., Any]) -> None:
+    settings = ["training.precision=bf16", "training.micro_batches=4", "training.steps=1", "training.batch_size=16"]
+
+    def summed(name: str, *more: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum that a step leaves, and that of its micro-batches in float64."""
+        heard, _ = run(name, *settings, *more)
+        trainer, weight = heard.trainer, heard.trainer.model.blocks[0].mlp.up.weight
+        trainer.optimizer.zero_grad()
+        trainer.step.backward([trainer.loader.batch(1, i) for i in range(4)])
+        found = weight.grad
+        parts = torch.zeros_like(weight, dtype=torch.float64)
+        for i in range(4):
+            (part,) = torch.autograd.grad(trainer.forward(trainer.loader.batch(1, i)) / 4, weight)
+            parts += part.double()
+        return found, parts
+
+    narrow, wide = summed("narrow"), summed("wide", "training.grad_dtype=fp32")
+    assert (narrow[0].dtype, wide[0].dtype) == (torch.bfloat16, torch.float32)
+    far, near = ((found.double() - want).norm() / want.norm() for found, want in (narrow, wide))
+    assert near < 1e-6 < 1e-3 < far
 
 
 def test_an_fp16_run_skips_until_its_scale_fits(run: Callable[..., Any]) -> None:

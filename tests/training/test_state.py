@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from fusedlm.data.prepare import prepare
 from fusedlm.training import checkpoints as module
 from fusedlm.training.checkpoints import Checkpoints, StateError
 from fusedlm.training.metrics import read_metrics
+from fusedlm.training.ranks import Ranks
+from fusedlm.training.run import read_run
+from fusedlm.training.saver import Saver, load_state
 
 VARIANTS = {
     "adamw": [],
@@ -67,6 +71,30 @@ def test_checkpoints_rotate(run: Callable[..., Any], tmp_path: Path) -> None:
     assert Checkpoints(tmp_path / "one" / "checkpoints").steps() == [8]
     run("end", "checkpoints.interval=0")
     assert Checkpoints(tmp_path / "end" / "checkpoints").steps() == [8]
+
+
+def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training goes on, and changes the tensors, before anything is written."""
+    changed = threading.Event()
+    prepare_folder = Checkpoints.prepare
+
+    def late(self: Checkpoints, step: int, needed: int) -> Path:
+        assert changed.wait(10)
+        return prepare_folder(self, step, needed)
+
+    monkeypatch.setattr(Checkpoints, "prepare", late)
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    saver = Saver(Checkpoints(tmp_path), ranks, run={}, model={})
+    state = {"a": torch.arange(6.0), "b": torch.tensor(3)}
+    saver.save(5, state)
+    state["a"].zero_()
+    state["b"].add_(1)
+    changed.set()
+    saver.close()
+    found = {name: torch.full_like(t, 9) for name, t in state.items()}
+    load_state(Checkpoints(tmp_path).verify(5), found, ranks)
+    assert torch.equal(found["a"], torch.arange(6.0))
+    assert int(found["b"]) == 3
 
 
 class Interrupting:
@@ -148,6 +176,7 @@ def test_another_dataset_tokenizer_or_model_is_refused(run: Callable[..., Any], 
         run("run", "training.batch_size=8", resume=True)
     with pytest.raises(StateError, match="is of another model: n_embd 32, now 64"):
         run("run", "model.width=64", resume=True)
+    assert read_run(tmp_path / "run").training.batch_size == 4  # what was refused is not kept
     with pytest.raises(StateError, match=r"has no optimizer\.blocks\.0.*momentum; it is of a run with other settings"):
         run("run", "training.optimizer=muon", resume=True)
 

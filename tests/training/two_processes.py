@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fusedlm.training.config import make_config
+from fusedlm.training.judge import TrainingError
 from fusedlm.training.run import train
 
 
@@ -42,10 +43,8 @@ if __name__ == "__main__":
     for spec in json.loads(sys.argv[1]):
         config = make_config(None, None, spec["overrides"], **spec["sections"])
         folder = Path(spec["folder"])
-        result = train(
-            config,
-            folder,
-            resume=spec.get("resume", False),
-            device="cpu",
-            observers=[Losses(folder.with_name(f"{folder.name}.json"))],
-        )
+        losses = Losses(folder.with_name(f"{folder.name}.json"))
+        try:
+            train(config, folder, resume=spec.get("resume", False), device="cpu", observers=[losses])
+        except TrainingError as error:  # on every rank, so that the next run can begin
+            folder.with_name(f"{folder.name}.error").write_text(str(error))

@@ -42,7 +42,7 @@ def train(
     offline: options.Offline = False,
     cache_dir: options.CacheDir = None,
 ) -> None:
-    """Train a model. With nothing else: a small GPT on Python's own library, character by character, in a minute."""
+    """Train a model. With nothing else: a small Llama on Python's own library, character by character, in a minute."""
     given = (("--data", data), ("--preset", preset), ("--config", config), ("--init", init), ("--out", out))
     if resume is not None and any(value for _, value in given):
         wrong = ", ".join(name for name, value in given if value)

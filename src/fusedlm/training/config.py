@@ -69,11 +69,14 @@ class ModelSettings(_Section):
 class TrainingConfig(_Section):
     """How it is trained.
 
-    batch_size: rows a step, of all micro-batches and GPUs together. context: tokens a row; by default the model's, at
+    batch_size: rows a step, of all micro-batches and GPUs together. micro_batches: parts in which a GPU takes its rows,
+    by default as few as fit its memory. context: tokens a row; by default the model's, at
     most 1,024. lr, min_lr: the highest and the last learning rate. warmup: steps. decay: the share of the steps in
     which "wsd" decays, at the end. muon_lr: of the matrices that Muon takes.
     precision: "fp32"; "tf32", its products rounded; "bf16", with fp32 masters in the optimizer; "bf16-pure", without;
     "fp16", with masters and a scaled loss. state_dtype: of the optimizer's moments; bf16 for "bf16-pure" by default.
+    grad_dtype: "fp32" sums the gradients of micro-batches in fp32, in twice the memory; "fp16" always does so. Of one
+    process alone.
     recompute: what the backward pass computes anew: nothing, what is cheap (norms, GELU, SwiGLU), or blocks.
     graph: a step is one CUDA graph where there is a GPU and shapes are fixed.
     nonfinite, spike: what happens at gradients that are no numbers, and at losses more than spike_sigmas standard
@@ -82,7 +85,7 @@ class TrainingConfig(_Section):
 
     steps: int = Field(default=1000, ge=1)
     batch_size: int = Field(default=32, ge=1)
-    micro_batches: int = Field(default=1, ge=1)
+    micro_batches: int | None = Field(default=None, ge=1)
     context: int | None = Field(default=None, ge=1)
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(default=1e-3, gt=0)
@@ -100,6 +103,7 @@ class TrainingConfig(_Section):
     z_loss: float = Field(default=0.0, ge=0)
     precision: Precision | None = None
     state_dtype: Literal["fp32", "bf16"] | None = None
+    grad_dtype: Literal["same", "fp32"] = "same"
     recompute: Literal["none", "cheap", "blocks"] = "none"
     graph: bool = True
     deterministic: bool = False

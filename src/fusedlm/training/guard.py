@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from fusedlm.training.ranks import local
+
 Backward = Callable[[], Tensor]  # computes a loss and gradients, and returns the loss
 Hook = Callable[[nn.Module, object, object], None]
 
@@ -46,13 +48,11 @@ class SpikeGuard:
 
 class LossScale:
     """The factor of an fp16 loss (Micikevicius et al. 2018): halved where gradients overflow, doubled after 2,000 steps
-    without. Gradients are kept in fp32, so dividing them by it loses nothing."""
+    without. Gradients are to be kept in fp32, so that dividing them by it loses nothing."""
 
-    def __init__(self, parameters: list[Tensor], device: torch.device, *, first: float = 65536.0) -> None:
+    def __init__(self, device: torch.device, *, first: float = 65536.0) -> None:
         self.scale = torch.tensor(first, dtype=torch.float32, device=device)
         self.good = torch.zeros((), dtype=torch.float32, device=device)
-        for p in parameters:
-            p.grad_dtype = torch.float32
 
     def unscale(self, parameters: list[Tensor]) -> None:
         """Divide the gradients; infinities stay, and the step is skipped."""
@@ -75,7 +75,7 @@ class LossScale:
 
 def first_nonfinite(model: nn.Module, backward: Backward) -> str:
     """Where numbers stop being finite in a step that is computed again: the first module whose output is not, else
-    the parameters whose gradient is not, from the last layer on, where backward begins."""
+    the parameter nearest to the loss whose gradient is not. Of this rank; empty where all of it is finite."""
     found: list[str] = []
 
     def look(name: str) -> Hook:
@@ -96,5 +96,6 @@ def first_nonfinite(model: nn.Module, backward: Backward) -> str:
         return f"the output of {found[0]} is not finite"
     if not bool(loss.isfinite()):
         return f"the loss is {loss.item()}, and every layer's output is finite"
-    bad = [name for name, p in model.named_parameters() if p.grad is not None and not bool(p.grad.isfinite().all())]
-    return f"the gradient of {bad[-1]} is not finite" if bad else "computed again, all of it is finite"
+    gradients = [(name, local(p.grad)) for name, p in model.named_parameters() if p.grad is not None]
+    bad = [name for name, gradient in gradients if not bool(gradient.isfinite().all())]
+    return f"the gradient of {bad[-1]} is not finite" if bad else ""

@@ -27,6 +27,9 @@ class Optimizer:
         self.lr = torch.tensor(training.lr, dtype=torch.float32, device=device)
         self.muon_lr = torch.tensor(training.muon_lr, dtype=torch.float32, device=device)
         self._highest = (training.lr, training.muon_lr)
+        if training.grad_dtype == "fp32" or training.precision == "fp16":
+            for _, p in named:
+                p.grad_dtype = torch.float32
         self._names: dict[Tensor, str] = {p: name for name, p in named}
         matrices = [p for name, p in named if training.optimizer == "muon" and is_for_muon(name, p)]
         taken = set(matrices)

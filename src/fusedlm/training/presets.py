@@ -13,15 +13,15 @@ DEFAULT = "python-char"
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        # A minute or so on two cores; the sizes are nanoGPT's for a CPU, with a longer context and more steps.
+        # A minute or so on two cores. nanoGPT's sizes for a CPU; with GPT-2's architecture the loss is 0.35 higher.
         "python-char": {
             "data": {"sources": ["python"], "tokenizer": "characters"},
-            "model": {"n_layers": 4, "n_heads": 4, "width": 128, "context_length": 128},
+            "model": {"architecture": "llama", "n_layers": 4, "n_heads": 4, "width": 128, "context_length": 128},
             "training": {
                 "steps": 600,
                 "batch_size": 16,
-                "lr": 2e-3,
-                "min_lr": 2e-4,
+                "lr": 3e-3,
+                "min_lr": 3e-4,
                 "warmup": 50,
                 "betas": (0.9, 0.99),
             },
@@ -50,7 +50,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "training": {
                 "steps": 500,
                 "batch_size": 16,
-                "micro_batches": 4,
                 "lr": 2e-5,
                 "min_lr": 0.0,
                 "warmup": 20,
@@ -70,7 +69,6 @@ _LARGE: Mapping[str, Any] = MappingProxyType(
         "training": {
             "steps": 600_000,
             "batch_size": 480,
-            "micro_batches": 15,
             "lr": 6e-4,
             "min_lr": 6e-5,
             "warmup": 2000,
@@ -92,6 +90,7 @@ def preset(name: str) -> dict[str, Any]:
         values["model"] = {"preset": name, "vocab_multiple": 64} if gpt2 else {"preset": name}
         if not gpt2:
             values["data"]["tokenizer"] = name
+            values["training"] |= {"context": 4096, "batch_size": 128}
         return values
     known = [*PRESETS, *MODELS]
     near = difflib.get_close_matches(name, known, n=2)

@@ -90,3 +90,8 @@ def join_ranks(device: str = "auto") -> Iterator[Ranks]:
         else:
             for group in groups:
                 dist.destroy_process_group(group)
+
+
+def local(tensor: Any) -> Tensor:
+    """This rank's part of a sharded tensor; any other as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -12,9 +12,13 @@ Reading = tuple[int, dict[str, float]]  # a step, and its METRICS
 
 
 class Readings:
-    """What steps gave, in order. On a GPU copies go to pinned memory, at most `ahead` of them before the host waits."""
+    """What steps gave, in order. On a GPU copies go to pinned memory, at most `ahead` of them before the host waits.
 
-    def __init__(self, device: torch.device, ahead: int = 8) -> None:
+    together: give nothing before the host must wait, so that all ranks learn of a step at the same moment.
+    """
+
+    def __init__(self, device: torch.device, ahead: int = 8, *, together: bool = False) -> None:
+        self._together = together
         self._cuda = device.type == "cuda"
         self._ahead = ahead
         self._slots = torch.empty((ahead, len(METRICS)), dtype=torch.float32, pin_memory=self._cuda)
@@ -39,7 +43,7 @@ class Readings:
             yield self._take()
 
     def _is_there(self, slot: int) -> bool:
-        return not self._cuda or bool(self._events[slot].query())  # type: ignore[no-untyped-call]
+        return not self._together and (not self._cuda or bool(self._events[slot].query()))  # type: ignore[no-untyped-call]
 
     def _take(self) -> Reading:
         step, slot = self._waiting.popleft()

@@ -9,11 +9,12 @@ import torch
 
 from fusedlm.checkpoint.load import load_checkpoint
 from fusedlm.data.dataset import Dataset
-from fusedlm.hardware import available_cores
-from fusedlm.models import DecoderModel, build_model
+from fusedlm.hardware import available_cores, detect
+from fusedlm.models import DecoderModel, ModelConfig, build_model
 from fusedlm.tokenizer.files import write_text
 from fusedlm.training.config import RunConfig, model_config, read_toml, validate
 from fusedlm.training.datasets import open_dataset
+from fusedlm.training.fit import fitting_micro_batches
 from fusedlm.training.loggers import loggers
 from fusedlm.training.metrics import METRICS_FILE, MetricsFile, Observer
 from fusedlm.training.ranks import Ranks, join_ranks
@@ -51,23 +52,26 @@ def train(
     Raises ValueError for what cannot be, among them DataError (the data), StateError (checkpoints), TrainingError (a
     run that cannot go on) and CheckpointError (weights to begin with).
     """
-    folder = Path(folder)
     with join_ranks(device) as ranks:
-        folder = ranks.gather(folder)[0]
+        where: Path = ranks.gather(Path(folder))[0]
         observers = observers if ranks.first else ()
         config = _with_tokenizer(_with_precision(config, ranks.device))
         _cores(ranks)
         if ranks.first:
-            _claim(folder, config, resume=resume)
-            _open(config, folder, observers, offline, cache_dir)
+            if not resume:
+                _claim(where, config)
+            _open(config, where, observers, offline, cache_dir)
         ranks.gather(None)  # the others wait for the dataset
-        dataset = _open(config, folder, observers, offline, cache_dir)
+        dataset = _open(config, where, observers, offline, cache_dir)
         model = first_model(config, dataset, ranks.device, offline=offline, cache_dir=cache_dir)
-        own = [MetricsFile(folder / METRICS_FILE), *loggers(config, folder)] if ranks.first else []
+        config = _with_micro_batches(config, model.config, ranks)
+        own = [MetricsFile(where / METRICS_FILE), *loggers(config, where)] if ranks.first else []
         parts: dict[str, Any] = {"model": model, "dataset": dataset, "ranks": ranks, "profile": profile}
-        trainer = Trainer(config, folder, observers=[*own, *observers], sample=sample, **parts)
+        trainer = Trainer(config, where, observers=[*own, *observers], sample=sample, **parts)
         if resume:
             trainer.resume()
+        if ranks.first:  # only now is it known that a run can go on with these settings
+            write_text(where / RUN_FILE, config.to_toml())
         return trainer.run()
 
 
@@ -100,12 +104,11 @@ def first_model(
     return model.to(device, dtype)
 
 
-def _claim(folder: Path, config: RunConfig, *, resume: bool) -> None:
-    """Make the run's folder and write its configuration there."""
-    if not resume:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"{folder} exists already; expected a new folder, or --resume {folder} to go on")
-        folder.mkdir(parents=True, exist_ok=True)
+def _claim(folder: Path, config: RunConfig) -> None:
+    """Make the run's folder and write its configuration there, so that it can go on from here."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already; expected a new folder, or --resume {folder} to go on")
+    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / RUN_FILE, config.to_toml())
 
 
@@ -128,6 +131,15 @@ def _with_precision(config: RunConfig, device: torch.device) -> RunConfig:
             found = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
         training = training.model_copy(update={"precision": found})
     return config.model_copy(update={"training": training})
+
+
+def _with_micro_batches(config: RunConfig, model: ModelConfig, ranks: Ranks) -> RunConfig:
+    """Settled where it was left open."""
+    if config.training.micro_batches is not None:
+        return config
+    gpu = detect(ranks.device) if ranks.device.type == "cuda" else None
+    found = fitting_micro_batches(config, model, gpu, ranks.size)
+    return config.model_copy(update={"training": config.training.model_copy(update={"micro_batches": found})})
 
 
 def _with_tokenizer(config: RunConfig) -> RunConfig:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fusedlm.training.checkpoints import Checkpoints, FileFacts, SavedCheckpoint, StateError, facts_of
-from fusedlm.training.ranks import Ranks
+from fusedlm.training.ranks import Ranks, local
 
 State = Mapping[str, Tensor]
 
@@ -148,11 +148,6 @@ def load_state(checkpoint: SavedCheckpoint, state: State, ranks: Ranks) -> None:
             load(dict(state), storage_reader=reader, process_group=ranks.control, no_dist=ranks.size == 1)
     except (OSError, RuntimeError, EOFError) as error:
         raise StateError(f"{checkpoint.folder} cannot be read: {error}") from error
-
-
-def local(tensor: Any) -> Tensor:
-    """This rank's part of a sharded tensor; any other as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _like(tensor: Any, copy: Tensor) -> Tensor:

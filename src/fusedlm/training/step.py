@@ -33,7 +33,7 @@ class Step:
         self.optimizer = optimizer
         self.ranks = ranks
         self.guard = SpikeGuard(training.spike_sigmas, device) if training.spike_sigmas else None
-        self.scaling = LossScale(optimizer.parameters, device) if training.precision == "fp16" else None
+        self.scaling = LossScale(device) if training.precision == "fp16" else None
 
     def __call__(self, batches: Sequence[Batch]) -> Tensor:
         """One step. batches: its micro-batches, on the device. Returns METRICS, fp32 on the device."""

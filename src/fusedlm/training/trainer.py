@@ -89,8 +89,14 @@ class Trainer:
         self.observers = list(observers) if ranks.first else []
         self.tokenizer = dataset.tokenizer()
         training = config.training
+        if ranks.size > 1 and (training.precision == "fp16" or training.grad_dtype == "fp32"):
+            raise ValueError(
+                f"training.precision is {training.precision} and training.grad_dtype {training.grad_dtype}; of "
+                f"{ranks.size} processes, expected neither fp16 nor fp32: FSDP keeps gradients as their parameters"
+            )
         dataset.check_vocabulary(model.config.vocab_size)
         self.context = training.context or min(model.config.context_length, 1024)
+        self.micro_batches = training.micro_batches or 1
         share: dict[str, Any] = {"rank": ranks.rank, "world_size": ranks.size}
         rows: dict[str, Any] = {"context": self.context, "documents": config.data.documents, **share}
         self.loader = Loader(
@@ -98,10 +104,10 @@ class Trainer:
             batch_size=training.batch_size,
             seed=training.seed,
             order=config.data.order,
-            micro_batches=training.micro_batches,
+            micro_batches=self.micro_batches,
             **rows,
         )
-        each = training.batch_size // ranks.size // training.micro_batches
+        each = training.batch_size // ranks.size // self.micro_batches
         self.rows: Evaluation | None = None
         if "val" in dataset.splits:
             self.rows = Evaluation(dataset, batch_size=config.evaluation.batch_size or each, **rows)
@@ -238,8 +244,9 @@ class Trainer:
     def _loop(self, interrupts: Interrupts) -> int:
         """Returns the signal that stopped it, or 0."""
         config, steps = self.config, self.config.training.steps
-        micro_batches = config.training.micro_batches
-        readings = Readings(self.ranks.device, ahead=1 if self.judge.stops_at_once else 8)
+        micro_batches = self.micro_batches
+        ahead = 1 if self.judge.stops_at_once else 8
+        readings = Readings(self.ranks.device, ahead, together=self.ranks.size > 1)
         step: Callable[[Sequence[Batch]], Tensor] = CapturedStep(self.step) if self._captured else self.step
         self.model.train()
         self.clock.start(self.done)
@@ -323,19 +330,19 @@ class Trainer:
         """Where in a step, and in which layer, numbers stop being finite. Steps that are skipped leave the weights as
         they were, so it can be computed again."""
         training = self.config.training
-        for micro_batch in range(training.micro_batches):
+        for micro_batch in range(self.micro_batches):
             batch = self.loader.batch(index, micro_batch).to(self.ranks.device)
             seed_step(training.seed, index, self.ranks)
             self.optimizer.zero_grad()
             found = first_nonfinite(self.model, lambda batch=batch: self.step.backward([batch]))  # type: ignore[misc]
-            if "is not finite" in found or "the loss is" in found:
+            told = next((text for text in self.ranks.gather(found) if text), "")
+            if told:
                 return (
-                    f"step {index + 1}, micro-batch {micro_batch + 1} of {training.micro_batches}: {found}. "
+                    f"step {index + 1}, micro-batch {micro_batch + 1} of {self.micro_batches}: {told}. "
                     f"{batch_of(index, training)}; a lower learning rate, or max_norm, may help"
                 )
-        return (
-            f"step {index + 1}: its gradients are not finite, and computed again they are. {batch_of(index, training)}"
-        )
+        where = batch_of(index, training)
+        return f"step {index + 1}: its gradients are not finite, and computed again they are. {where}"
 
     # Pauses
 
