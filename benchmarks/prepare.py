@@ -23,8 +23,8 @@ from fusedlm.testing.cases import CASES
 class Job:
     """Part of an op's preparation.
 
-    kind: "contract" (one dtype, at the small shapes), "check" (the contract at one shape that is timed) or "compile"
-    (every variant at one such shape). shape: its number in the case's bench.
+    kind: "contract" (one dtype, at one of the small shapes), "check" (the contract at one shape that is timed) or
+    "compile" (every variant at one such shape). shape: its number in the case's shapes, or in its bench.
     """
 
     kind: str
@@ -42,7 +42,8 @@ def run_job(job: Job, device: str = "cuda") -> float:
         assert job.dtype is not None
         dtypes = (job.dtype,) if job.dtype == case.bench_dtype else (case.bench_dtype, job.dtype)
         for shape, options in checks(case, dtypes=dtypes):  # strides in the first dtype alone
-            if options["dtype"] == job.dtype:
+            mine = shape is case.shapes[job.shape] or (shape is case.empty and job.shape == 0)
+            if options["dtype"] == job.dtype and mine:
                 check(case, shape, device=where, **options)
     elif job.kind == "check":
         check(case, case.checked(case.bench[job.shape]), dtype=case.bench_dtype, device=where)
@@ -64,7 +65,8 @@ def jobs_of(op: str, shapes: Sequence[int], *, quick: bool, compiled: Sequence[i
     case = CASES[op]
     jobs = [Job("compile", op, shape=i) for i in compiled]
     if not quick:
-        jobs += [Job("contract", op, dtype) for dtype in dict.fromkeys((case.bench_dtype, torch.float32))]
+        for dtype in dict.fromkeys((case.bench_dtype, torch.float32)):
+            jobs += [Job("contract", op, dtype, i) for i in range(len(case.shapes))]
     return jobs + [Job("check", op, shape=i) for i in shapes]
 
 

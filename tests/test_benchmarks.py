@@ -22,12 +22,12 @@ from benchmarks.host import host_rows
 from benchmarks.ops import OURS, Limits, directions_of, run_shape, shapes_of, told
 from benchmarks.peers import Peer, peers_of
 from benchmarks.peers.eager import COMPILED, EAGER, MORE
-from benchmarks.prepare import Job, jobs_of, prepare
+from benchmarks.prepare import Job, jobs_of, prepare, run_job
 from benchmarks.report import refuse_cached
 from benchmarks.tables import host_table
 from benchmarks.timing import host_seconds, input_sets
 from benchmarks.work import disagreement, make_inputs, own_copy, works
-from fusedlm.testing import OpCase
+from fusedlm.testing import OpCase, checks
 from fusedlm.testing.cases import CASES
 
 CPU = torch.device("cpu")
@@ -239,7 +239,7 @@ def test_a_run_writes_all_it_measured(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert results["environment"] == MACHINE
     assert len(results["rows"]) == 2
     assert results["seconds"]["gelu"].pop("timing") >= 0
-    assert results["seconds"] == {"gelu": {"contract": 4.5 - 1.5, "compile": 1.5}}
+    assert results["seconds"] == {"gelu": {"contract": 4 * 1.5, "compile": 1.5}}
     assert "product 1000 TFLOP/s" in capsys.readouterr().out
 
 
@@ -251,11 +251,25 @@ def test_which_shapes_and_jobs_make_a_run() -> None:
     quick = jobs_of("gelu", [0, 9], quick=True, compiled=[9])
     assert quick == [Job("compile", "gelu", shape=9), Job("check", "gelu", shape=0), Job("check", "gelu", shape=9)]
     whole = jobs_of("gelu", [0], quick=False, compiled=[])
-    assert [(j.kind, j.dtype) for j in whole] == [
-        ("contract", torch.bfloat16),
-        ("contract", torch.float32),
-        ("check", None),
+    small = range(len(CASES["gelu"].shapes))
+    assert whole == [
+        *(Job("contract", "gelu", torch.bfloat16, i) for i in small),
+        *(Job("contract", "gelu", torch.float32, i) for i in small),
+        Job("check", "gelu"),
     ]
+
+
+def test_a_contracts_jobs_are_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+    monkeypatch.setattr("benchmarks.prepare.check", lambda case, shape, **options: done.append((shape, options)))
+    case = CASES["gelu"]
+    for job in jobs_of("gelu", [], quick=False, compiled=[]):
+        run_job(job, "cpu")
+    for options in done:
+        assert options[1].pop("device") == torch.device("cpu")
+    every = list(checks(case, dtypes=(torch.bfloat16, torch.float32)))
+    assert len(done) == len(every)
+    assert all(one in done for one in every)
 
 
 def test_a_red_contract_stops_the_run() -> None:

@@ -83,6 +83,22 @@ def test_an_export_is_a_model_of_transformers(run: Callable[..., Any], tmp_path:
     assert torch.equal(weight.double(), narrow) == (precision == "fp32")
 
 
+def test_lora_is_merged(run: Callable[..., Any], tmp_path: Path) -> None:
+    first = make_run(tmp_path / "first")
+    tuned = tmp_path / "tuned"
+    options = ["--init", first, "--data", tmp_path / "text.txt", "--lora", 2, "--steps", 4, "--device", "cpu"]
+    done = run("train", *options, "-o", tuned, "--set", "training.lr=1e-2", "--set", "training.warmup=0")
+    assert done.code == 0, done.err
+    assert "4 steps, best validation loss" in done.out
+    assert run("export", tuned, tmp_path / "out").code == 0
+    ids = torch.randint(0, 16, (2, 9))
+    logits = [fusedlm.load(path, dtype="float32")(ids) for path in (tmp_path / "out", tuned, first)]
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-6, atol=1e-6)
+    assert (logits[0] - logits[2]).abs().max() > 1e-3
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits[0], theirs(ids).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_what_is_refused(run: Callable[..., Any], tmp_path: Path) -> None:
     for arguments, said in (
         (("export", tmp_path / "none", tmp_path / "x"), "holds no run"),

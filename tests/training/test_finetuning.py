@@ -68,6 +68,18 @@ def test_lora_trains_its_additions_alone(run: Callable[..., Any], first: Path, t
     assert parts.losses == heard.losses[8:]
 
 
+def test_lora_beside_an_activation_that_adds_the_bias() -> None:
+    model = build_model(PRESETS["tiny-gpt2"])
+    model.init_weights(torch.Generator().manual_seed(1))
+    torch.nn.init.normal_(model.blocks[0].mlp.up.bias)
+    lora = LoRAConfig(rank=2, targets=("mlp.up", "mlp.down"))
+    add_lora(model, lora, seed=1)
+    torch.nn.init.normal_(model.blocks[0].mlp.up.b)
+    whole = model_of(model.config, merged({n: p.detach() for n, p in model.named_parameters()}, lora))
+    ids = torch.randint(0, 512, (2, 9))
+    torch.testing.assert_close(whole(ids), model(ids), rtol=1e-4, atol=1e-5)
+
+
 def test_lora_is_the_sum_of_both_products() -> None:
     model = build_model(PRESETS["tiny-llama"])
     model.init_weights(torch.Generator().manual_seed(1))

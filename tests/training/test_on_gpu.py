@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fusedlm.kernels import backend
+from fusedlm.training.randomness import seed_step
 from fusedlm.training.run import train
 from fusedlm.training.step import CapturedStep
 
@@ -49,19 +50,38 @@ def test_captured_steps_are_the_eager_ones(on_gpu: Callable[..., Any], settings:
     assert [r.lr for r in captured.records] == [r.lr for r in eager.records]
 
 
-def test_steps_are_captured_and_each_has_dropout_of_its_own(
-    on_gpu: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    captured = []
-    real = CapturedStep._capture
-    monkeypatch.setattr(CapturedStep, "_capture", lambda self, batches: (captured.append(1), real(self, batches)))
-    settings = ["training.dropout=0.3", "training.precision=fp32", "training.lr=1e-12", "training.weight_decay=0"]
-    heard = on_gpu("run", *settings, "data.order=shuffled")
-    assert captured == [1]
-    # The weights stay as they are, so a second epoch of the same rows differs by its masks alone.
-    again = on_gpu("again", *settings, "data.order=shuffled")
-    assert heard.losses == again.losses
-    assert len(set(heard.losses)) == len(heard.losses)
+def test_replays_have_dropout_of_their_own(on_gpu: Callable[..., Any]) -> None:
+    """The same rows again and again, with a learning rate of 0: losses differ by their masks, which a seed decides."""
+    trainer = on_gpu("run", "training.dropout=0.3", "training.precision=fp32", "training.steps=1").trainer
+    trainer.model.train()
+    trainer.optimizer.schedule(0.0)
+    batch = trainer.loader.batch(0).to("cuda")
+    step, losses = CapturedStep(trainer.step), {}
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for number in (0, 1, 2, 3, 4, 3, 2):
+            seed_step(7, number, trainer.ranks)
+            loss = float(step([batch])[0])
+            assert losses.setdefault(number, loss) == loss
+    assert step._graph is not None
+    assert len(set(losses.values())) == 5
+
+
+def test_a_graph_reads_its_batch_and_its_learning_rate(on_gpu: Callable[..., Any]) -> None:
+    trainer = on_gpu("run", "training.precision=fp32", "training.steps=1").trainer
+    step = CapturedStep(trainer.step)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for number in range(4):
+            trainer.optimizer.schedule(0.0)
+            step([trainer.loader.batch(number).to("cuda")])
+        weights = [p.detach().clone() for p in trainer.model.parameters()]
+        want = [float(trainer.forward(trainer.loader.batch(number).to("cuda"))) for number in (5, 6)]
+        got = [float(step([trainer.loader.batch(number).to("cuda")])[0]) for number in (5, 6)]
+        assert got == pytest.approx(want, abs=1e-5)
+        assert all(torch.equal(p, w) for p, w in zip(trainer.model.parameters(), weights, strict=True))
+        trainer.optimizer.schedule(1.0)
+        step([batch := trainer.loader.batch(7).to("cuda")])
+        assert float(trainer.forward(batch)) < float(step([batch])[0])
+        assert not any(torch.equal(p, w) for p, w in zip(trainer.model.parameters(), weights, strict=True))
 
 
 def test_our_kernels_and_torchs_ops_train_alike(on_gpu: Callable[..., Any]) -> None:

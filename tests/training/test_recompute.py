@@ -14,7 +14,11 @@ from fusedlm.training.recompute import RecomputeCheap, recompute_blocks
 
 def model_of(name: str, dropout: float = 0.0) -> DecoderModel:
     model = build_model(PRESETS[name], dropout=dropout)
-    model.init_weights(torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    model.init_weights(generator)
+    with torch.no_grad():
+        for p in model.parameters():  # biases of 0 and norms' weights of 1 would hide where they are left out
+            p += 0.05 * torch.randn(p.shape, generator=generator)
     return model
 
 

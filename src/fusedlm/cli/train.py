@@ -101,13 +101,17 @@ def _new_folder(config: "RunConfig") -> Path:
 
 def _sampler(config: "RunConfig") -> Any:
     def sample(model: "DecoderModel", tokenizer: "Tokenizer", tokens: int) -> str:
+        from fusedlm.inference.decoder import EagerDecoder
         from fusedlm.inference.language_model import LanguageModel
 
         prompt = config.evaluation.prompt
         try:
             writer = LanguageModel(model, tokenizer)
-            n = min(tokens, model.config.context_length - len(writer.encode(prompt)))
-            text = writer.generate(prompt, max_new_tokens=max(n, 1), temperature=config.evaluation.temperature, seed=1)
+            read = len(writer.encode(prompt))
+            n = max(min(tokens, model.config.context_length - read), 1)
+            decoder = EagerDecoder(model, 1, read + n)  # the model as it trains: nothing is compiled for it
+            options: dict[str, Any] = {"temperature": config.evaluation.temperature, "seed": 1, "decoder": decoder}
+            text = writer.generate(prompt, max_new_tokens=n, **options)
         except ValueError as error:  # a prompt that the tokenizer cannot spell is no reason to stop
             return f"(no sample: {error})"
         return prompt + text.text
