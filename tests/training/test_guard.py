@@ -60,7 +60,7 @@ def broken(configure: Any, tmp_path: Any, heard_of: Any) -> Callable[..., Any]:
 
 
 def test_a_step_of_nan_changes_nothing_and_is_counted(broken: Callable[..., Any], run: Callable[..., Any]) -> None:
-    heard, error = broken(Breaking("blocks.1.mlp.up", (3, 5)), "training.steps=8")
+    heard, error = broken(Breaking("blocks.1.mlp.activation", (3, 5)), "training.steps=8")
     assert error == ""
     assert [r.skipped for r in heard.records] == [0, 0, 0, 1, 1, 2, 2, 2]
     assert [text.split(":")[0] for text in heard.said] == ["step 4 was skipped", "step 6 was skipped"]
@@ -73,8 +73,8 @@ def test_a_step_of_nan_changes_nothing_and_is_counted(broken: Callable[..., Any]
     ("breaking", "said"),
     [
         (
-            Breaking("blocks.1.mlp.up", (3,)),
-            r"step 4, micro-batch 1 of 1: the output of blocks\.1\.mlp\.up is not finite\. Its batch is step 3",
+            Breaking("blocks.1.mlp.activation", (3,)),
+            r"step 4, micro-batch 1 of 1: the output of blocks\.1\.mlp\.activation is not finite\. Its batch is step 3",
         ),
         (
             Breaking("blocks.1.attention.out", (2,), backward=True),
