@@ -2,16 +2,19 @@
 
 Two pages are made whole. In all others (and in the README.md beside the folder) what stands between a line
 `<!-- figures: op, op -->` and a line `<!-- end -->` is replaced by these ops' figures, and where the first line is
-`<!-- figures: summary -->` by one sentence and the picture of all ops, where it names one of `cpu.BLOCKS` by those.
+`<!-- figures: summary -->` by one sentence and the picture of all ops, where it names one of `cpu.BLOCKS` or
+`training_report.BLOCKS` by those.
 """
 
 import argparse
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks import training_report
 from benchmarks.cpu import BLOCKS
 from benchmarks.tables import embedding_table, figures, host_table, ops_table, summary, transformers_table
 
@@ -98,8 +101,15 @@ Made by `python -m benchmarks report` from benchmarks/results/ops.json. Sizes ar
 """
 
 
-def fill(page: Path, results: dict[str, Any], docs: Path, decode: dict[str, Any] | None = None) -> str | None:
-    """A page with its figures' blocks made anew; None where it has none. decode: what `fusedlm bench` measured.
+def fill(
+    page: Path,
+    results: dict[str, Any],
+    docs: Path,
+    decode: dict[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> str | None:
+    """A page with its figures' blocks made anew; None where it has none. decode: what `fusedlm bench` measured;
+    training: what `python -m benchmarks training` did, by suite.
 
     Raises ValueError for a block without an end, or of an op that was not measured.
     """
@@ -125,6 +135,8 @@ def fill(page: Path, results: dict[str, Any], docs: Path, decode: dict[str, Any]
                 made += f"\n\n![Time of the fastest peer over ours, for every op]({picture})"
             elif decode is not None and block in BLOCKS and BLOCKS[block][0] in decode:
                 made = BLOCKS[block][1](decode)
+            elif training and block in training_report.BLOCKS:
+                made = training_report.BLOCKS[block](training)
             elif set(ops) <= measured:
                 made = figures(results["rows"], ops, machine)
             else:
@@ -148,12 +160,13 @@ def write_report(results: Path, docs: Path, *, plots: bool = True) -> list[Path]
         _read(results / name) if (results / name).exists() else None
         for name in ("host.json", "transformers.json", "decode_cpu.json")
     )
+    training = {found["suite"]: found for found in map(_read, sorted(results.glob("training_*.json")))}
     names = list(dict.fromkeys(row["op"] for row in ops["rows"]))
     pages = {docs / "kernels/results.md": ops_page(ops, names if plots else [], host, transformers)}
     if "embedding" in names:
         pages[docs / "kernels/embedding_results.md"] = embedding_page(ops)
     for page in (docs.parent / "README.md", *sorted(docs.rglob("*.md"))):
-        filled = fill(page, ops, docs, decode) if page not in pages and page.exists() else None
+        filled = fill(page, ops, docs, decode, training) if page not in pages and page.exists() else None
         if filled is not None:
             pages[page] = filled
     for path, text in pages.items():
@@ -168,6 +181,10 @@ def write_report(results: Path, docs: Path, *, plots: bool = True) -> list[Path]
         figures[docs / "ops.png"] = summary_figure(ops["rows"])
         if decode is not None:
             figures[docs / "decode_cpu.png"] = decode_figure(decode["decode"])
+        for suite, found in training.items():
+            if suite.endswith("-quality"):
+                figure = training_report.curves_figure(found["rows"], suite)
+                figures[docs / f"training_{suite.replace('-', '_')}.png"] = figure
         for path, figure in figures.items():
             save(figure, path)
         written += list(figures)

@@ -9,7 +9,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from dataclasses import replace as changed
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.environment import environment, head
-from benchmarks.training_quality import quality
+from benchmarks.training_quality import gpt2_quality, quality_table, shakespeare_quality
 from fusedlm.data.rows import Batch
 from fusedlm.hardware import GPU, detect
 from fusedlm.models import PRESETS, ModelConfig, build_model
@@ -50,7 +50,6 @@ class Suite:
     rounds: int = 5
     device: str = "cuda"
     precision: str = "bf16"
-    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def ours(config: ModelConfig, **settings: Any) -> Maker:
@@ -59,9 +58,8 @@ def ours(config: ModelConfig, **settings: Any) -> Maker:
     def make(device: torch.device) -> StepFunction:
         training = TrainingConfig(**settings)
         precision = training.precision or "fp32"
-        model = build_model(config, dropout=training.dropout)
-        model.init_weights(torch.Generator().manual_seed(1))
-        model.to(device, DTYPES[precision])
+        model = build_model(config, dropout=training.dropout, device=device, dtype=DTYPES[precision])
+        model.init_weights(torch.Generator(device).manual_seed(1))
         if training.recompute == "blocks":
             recompute_blocks(model)
         cheap = RecomputeCheap(model) if training.recompute == "cheap" else None
@@ -146,10 +144,12 @@ def suite_of(name: str) -> Suite:
             device="cpu",
             precision="fp32",
         )
-    raise ValueError(f"there is no suite {name!r}; expected one of {', '.join(SUITES)}")
+    raise ValueError(f"there is no suite {name!r}; expected one of {', '.join(TIMED)}")
 
 
-SUITES = ("gpt2", "llama-1b", "llama-1b-masters", "shakespeare", "shakespeare-cpu", "shakespeare-quality")
+TIMED = ("gpt2", "llama-1b", "llama-1b-masters", "shakespeare", "shakespeare-cpu")
+QUALITY = {"shakespeare-quality": shakespeare_quality, "gpt2-quality": gpt2_quality}
+SUITES = (*TIMED, *QUALITY)
 
 
 def measure(suite: Suite, *, only: str | None = None) -> list[dict[str, Any]]:
@@ -242,17 +242,19 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument("--only", help="one contender alone")
     parser.add_argument("--rounds", type=int, help="of each contender")
-    parser.add_argument("--seeds", type=int, default=5, help="of shakespeare-quality")
-    parser.add_argument("--steps", type=int, help="of shakespeare-quality, less than its 5,000 to try it out")
-    parser.add_argument("--file", type=Path, help="tinyshakespeare, where it is not to be downloaded")
+    parser.add_argument("--seeds", type=int, default=5, help="of quality")
+    parser.add_argument("--steps", type=int, help="of quality: fewer, to try it out")
+    parser.add_argument(
+        "--file", type=Path, help="tinyshakespeare, where it is not to be downloaded; of gpt2-quality, a dataset"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the JSON")
     parser.add_argument("--commit", default=head(), help="of the code that runs, where it is not a git checkout")
     options = parser.parse_args(arguments)
     begin = time.perf_counter()
     results: dict[str, Any]
-    if options.suite == "shakespeare-quality":
-        results = quality(options.seeds, options.file, only=options.only, steps=options.steps)
-        text = results.pop("table")
+    if options.suite in QUALITY:
+        found = QUALITY[options.suite](options.seeds, options.file, only=options.only, steps=options.steps)
+        results, text = {"suite": options.suite, **found}, quality_table(found["rows"])
     else:
         suite = suite_of(options.suite)
         if suite.device == "cuda" and not torch.cuda.is_available():

@@ -7,10 +7,12 @@ if TYPE_CHECKING:
     from fusedlm.inference.chat import ChatSession
     from fusedlm.inference.generation import Generation, TextStream
     from fusedlm.inference.language_model import LanguageModel, load
+    from fusedlm.training.config import make_config
+    from fusedlm.training.run import train
 
 __version__ = "0.1.0"
 
-__all__ = ["ChatSession", "Generation", "LanguageModel", "TextStream", "__version__", "load"]
+__all__ = ["ChatSession", "Generation", "LanguageModel", "TextStream", "__version__", "load", "make_config", "train"]
 
 # Names are imported when they are first used, so that `fusedlm --help` need not wait for torch.
 _HOME = {
@@ -19,6 +21,8 @@ _HOME = {
     "LanguageModel": "fusedlm.inference.language_model",
     "TextStream": "fusedlm.inference.generation",
     "load": "fusedlm.inference.language_model",
+    "make_config": "fusedlm.training.config",
+    "train": "fusedlm.training.run",
 }
 
 

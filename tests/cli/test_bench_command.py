@@ -30,6 +30,10 @@ def test_decode_measures_every_precision_and_replaces_rows(run: Run, tiny_model:
     assert [(r["precision"], r["runner"]) for r in rows] == [(p, "fusedlm") for p in ("int8", "bfloat16", "float32")]
     assert all(r["token_seconds"] > 0 and r["prompt_tokens_per_second"] > 0 for r in rows)
     assert outcome.out.count("ms/token") == 3
+    assert run("bench", "decode", "--model", tiny_model, *FEW, "--precision", "bfloat16", "--json", file).code == 0
+    again = json.loads(file.read_text())["decode"]
+    assert [i for i in range(3) if again[i] != rows[i]] == [1], "measured anew, in its old place"
+    assert again[1]["precision"] == "bfloat16"
     assert json.loads(file.read_text())["machine"]["cores"] >= 1
 
 

@@ -63,24 +63,34 @@ def test_gradients_that_lie_apart_are_joined() -> None:
     torch.testing.assert_close(found, torch.cat((2 * a, torch.full_like(b, 3.0), -c.exp()), dim=1))
 
 
-def test_parts_in_another_order_are_not_taken_for_one() -> None:
-    """Gradients that are slices of one tensor, though not side by side as the parts are."""
+class Backward(torch.autograd.Function):
+    """Has the gradients that it is given."""
 
-    class Swap(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return q.sum() + k.sum() + v.sum()
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, gradients: tuple[Tensor, ...]) -> Tensor:
+        ctx.gradients = gradients
+        return q.sum() + k.sum() + v.sum()
 
-        @staticmethod
-        def backward(ctx: Any, _: Tensor) -> Any:
-            whole = torch.arange(2 * 5 * 8 * 16.0, device=DEVICE).view(2, 5, 8, 16).transpose(1, 2)
-            v, k, q = whole.split((2, 2, 4), dim=1)
-            return q, k, v
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Any:
+        return *ctx.gradients, None
 
+
+@pytest.mark.parametrize("apart", ["in another order", "in other tensors", "with a gap"])
+def test_slices_that_are_not_side_by_side_are_not_taken_for_one(apart: str) -> None:
+    def whole(first: int, heads: int = 8) -> Tensor:
+        numbers = torch.arange(2 * 5 * heads * 16.0, device=DEVICE) + first
+        return numbers.view(2, 5, heads, 16).transpose(1, 2)
+
+    if apart == "in another order":
+        v, k, q = whole(0).split((2, 2, 4), dim=1)
+    elif apart == "in other tensors":
+        q, k, v = (whole(1000 * i).split(HEADS, dim=1)[i] for i in range(3))
+    else:
+        q, k, _, v = whole(0, 9).split((*HEADS[:2], 1, 2), dim=1)
     x = torch.zeros(2, 8, 5, 16, device=DEVICE, requires_grad=True)
-    (found,) = torch.autograd.grad(Swap.apply(*split_heads(x, HEADS)), x)
-    whole = torch.arange(2 * 5 * 8 * 16.0, device=DEVICE).view(2, 5, 8, 16).transpose(1, 2)
-    torch.testing.assert_close(found, torch.cat((whole[:, 4:], whole[:, 2:4], whole[:, :2]), dim=1))
+    (found,) = torch.autograd.grad(Backward.apply(*split_heads(x, HEADS), (q, k, v)), x)
+    torch.testing.assert_close(found, torch.cat((q, k, v), dim=1))
 
 
 def test_shapes_that_do_not_fit() -> None:

@@ -12,8 +12,10 @@ pytest.importorskip("triton", reason="the benchmarks need Triton")
 
 from benchmarks import training
 from benchmarks.peers.nanogpt import NanoGPT, NanoGPTStep
-from benchmarks.training import OURS, SUITES, Suite, measure, nanogpt, ours, suite_of, table
+from benchmarks.training import OURS, TIMED, Suite, measure, nanogpt, ours, suite_of, table
+from benchmarks.training_report import BLOCKS, curves_figure
 from fusedlm.models import PRESETS, build_model
+from fusedlm.training.config import make_config
 
 TINY = replace(PRESETS["tiny-gpt2"], context_length=32)
 
@@ -69,7 +71,7 @@ def test_a_suite_is_measured_in_turns() -> None:
     assert "| nanoGPT |" in table(rows)
 
 
-@pytest.mark.parametrize("name", [name for name in SUITES if name != "shakespeare-quality"])
+@pytest.mark.parametrize("name", TIMED)
 def test_every_suite_is_there(name: str) -> None:
     if name.startswith("llama"):
         pytest.importorskip("transformers")
@@ -91,7 +93,7 @@ def test_quality_and_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "model.context_length=16",
         "training.batch_size=2",
     ]
-    real = training.quality.__globals__["make_config"]
+    real = make_config
     monkeypatch.setattr(
         "benchmarks.training_quality.make_config", lambda name, file, given: real(name, file, [*given, *small])
     )
@@ -102,3 +104,45 @@ def test_quality_and_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (name, seed) for seed in (1337, 1338) for name in ("fusedlm", "nanoGPT")
     ]
     assert all(row["curve"][-1][0] == 3 for row in found["rows"])
+
+
+def row(variant: str, seconds: float, peak: float) -> dict[str, Any]:
+    speed = {"tokens_per_second": 32768 / seconds, "mfu": 0.4 / seconds if peak else None}
+    return {"variant": variant, "seconds": seconds, "peak_bytes": int(peak * 2**30), **speed}
+
+
+GPU = {"gpu": "a GPU", "torch": "2.11", "date": "2026-01-01"}
+MEASURED: dict[str, Any] = {
+    "gpt2": {
+        "rows": [row(OURS, 0.05, 10), row("fusedlm, cheap", 0.06, 8), row("nanoGPT", 0.075, 20)],
+        "environment": GPU,
+    },
+    "shakespeare-cpu": {
+        "rows": [row(OURS, 0.5, 0), row("nanoGPT", 0.55, 0)],
+        "environment": {"cpu": "a CPU", "threads": 2, "torch": "2.13", "date": "2026-01-02"},
+    },
+    "shakespeare-quality": {
+        "rows": [
+            {"variant": name, "seed": seed, "best": best, "curve": [[250, 2.0], [500, best]]}
+            for seed in (1, 2)
+            for name, best in ((OURS, 1.46 + seed / 100), ("nanoGPT", 1.47 + seed / 100))
+        ],
+        "environment": GPU,
+    },
+}
+
+
+def test_the_report() -> None:
+    said = BLOCKS["training"](MEASURED)
+    assert said == "Training steps: GPT-2 124M, 32 x 1024: 1.50x nanoGPT's speed in 0.50 of its memory."
+    table = BLOCKS["training steps"](MEASURED)
+    assert "| **GPT-2 124M, 32 x 1024** | 655,360 | 50.0 | 800% | 10.0 |  |" in table
+    assert "| nanoGPT | 436,907 | 75.0 | 533% | 20.0 | 1.50x |" in table
+    assert "| nanoGPT | 59,578 | 550.0 |  |  | 1.10x |" in table
+    assert "a CPU, 2 threads, torch 2.13, 2026-01-02." in table
+    quality = BLOCKS["training shakespeare-quality"](MEASURED)
+    assert "| fusedlm | 2 | 1.4750 | 1.4800 | 0.0071 |" in quality
+    axes = curves_figure(MEASURED["shakespeare-quality"]["rows"], "title").axes[0]
+    means = [line for line in axes.lines if not line.get_label().startswith("_")]
+    assert [line.get_label() for line in means] == ["fusedlm, mean of 2", "nanoGPT, mean of 2"]
+    assert list(means[0].get_ydata()) == pytest.approx([2.0, 1.475])

@@ -70,7 +70,11 @@ def test_weights_and_biases(run: Callable[..., Any], monkeypatch: pytest.MonkeyP
     assert [values["loss"] for step, values in logged if step > 0] == heard.losses
     assert logged[-1] == (-1, {})
     assert begun[0]["config"]["training"]["steps"] == 8
-    assert (begun[0]["name"], begun[0]["resume"]) == ("run", "never")
+    assert begun[0]["name"] == "run"
+    run("run", "log.wandb=true", "training.steps=9", resume=True)
+    run("other", "log.wandb=true")
+    ids = [given["id"] for given in begun]
+    assert ids[0] == ids[1] != ids[2]
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])

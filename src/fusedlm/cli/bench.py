@@ -114,14 +114,14 @@ def _folder(given: Path | None) -> Path:
 
 
 def _save(path: Path | None, results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Put results into a file: rows of the same model, precision and runner are replaced. Returns all there is."""
+    """Put results into a file; a row of the same model, precision and runner is replaced. Returns all there is."""
     from fusedlm.inference.bench.machine import describe
 
     there: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else {}
     there["machine"] = describe()
     for kind, rows in results.items():
         new = {_key(row): row for row in rows}
-        there[kind] = [row for row in there.get(kind, []) if _key(row) not in new] + rows
+        there[kind] = [new.pop(_key(row), row) for row in there.get(kind, [])] + list(new.values())
     if path is not None:
         path.write_text(json.dumps(there, indent=1) + "\n", encoding="utf-8")
     return there

@@ -14,6 +14,7 @@ from fusedlm.kernels._triton import tl, triton
 ROUNDS = 7  # the fewest that pass every test of BigCrush; 10 is the usual margin, and masks need none
 _ROUNDS = tl.constexpr(ROUNDS)
 _WORD = 0xFFFFFFFF
+_AT_ONCE = 4096  # groups that are computed together on a CPU, whose cache then holds all intermediate results
 
 
 @triton.jit
@@ -71,12 +72,16 @@ def philox_ref(counter: list[Tensor], key: tuple[Tensor, Tensor]) -> list[Tensor
 def keep_mask_ref(seed: Tensor, stream: int, M: int, N: int, threshold: int) -> Tensor:
     """The mask for M rows of N columns, (M, N) bool, in torch. seed: (1,) int64."""
     groups = -(-N // 8)
-    row = torch.arange(M, device=seed.device).view(M, 1)
-    group = torch.arange(groups, device=seed.device).expand(M, groups)
-    counter = [group, row & _WORD, row >> 32, torch.tensor(stream, device=seed.device)]
-    words = torch.stack(philox_ref(counter, (seed & _WORD, (seed >> 32) & _WORD)), -1)  # (M, groups, 4)
-    halves = torch.stack((words & 0xFFFF, words >> 16), -1)  # (M, groups, 4, 2)
-    return (halves >= threshold).view(M, groups * 8)[:, :N]
+    step = max(_AT_ONCE // max(groups, 1), 1) if seed.device.type == "cpu" else max(M, 1)
+    keep = torch.empty((M, N), dtype=torch.bool, device=seed.device)
+    for begin in range(0, M, step):
+        row = torch.arange(begin, min(begin + step, M), device=seed.device).view(-1, 1)
+        group = torch.arange(groups, device=seed.device).expand(len(row), groups)
+        counter = [group, row & _WORD, row >> 32, torch.tensor(stream, device=seed.device)]
+        words = torch.stack(philox_ref(counter, (seed & _WORD, (seed >> 32) & _WORD)), -1)  # (rows, groups, 4)
+        halves = torch.stack((words & 0xFFFF, words >> 16), -1)  # (rows, groups, 4, 2)
+        keep[begin : begin + step] = (halves >= threshold).view(len(row), groups * 8)[:, :N]
+    return keep
 
 
 def keep_tile_ref(seed: Tensor, stream: int, heads: int, T: int, S: int, threshold: int) -> Tensor:

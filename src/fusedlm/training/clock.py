@@ -12,10 +12,10 @@ class Clock:
         self._begin = time.perf_counter()
         self._lap: tuple[int, float] = (0, 0.0)
 
-    def start(self, done: int) -> None:
-        """done: steps of an earlier part of the run."""
-        self._begin = time.perf_counter()
-        self._lap = (done, 0.0)
+    def start(self, done: int, seconds: float = 0.0) -> None:
+        """done, seconds: steps of an earlier part of the run, and how long they took."""
+        self._begin = time.perf_counter() - seconds
+        self._lap = (done, seconds)
 
     @property
     def seconds(self) -> float:

@@ -1,5 +1,6 @@
 """The same records for TensorBoard and Weights & Biases. Each needs its package, which nothing else does."""
 
+import secrets
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -61,13 +62,16 @@ class WeightsAndBiases:
         self._run: Any = None
 
     def begin(self, run: Any, done: int) -> None:
+        kept = self._folder / "wandb.id"  # names of folders repeat, ids must not
+        if not kept.exists():
+            kept.write_text(secrets.token_hex(8), encoding="ascii")
         self._run = self._wandb.init(
             project=self._config.log.wandb_project,
             name=self._folder.name,
-            id=self._folder.name,
+            id=kept.read_text(encoding="ascii"),
             dir=str(self._folder),
             config=self._config.model_dump(),
-            resume="allow" if done else "never",
+            resume="allow",
         )
 
     def record(self, record: Record) -> None:

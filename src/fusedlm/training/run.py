@@ -1,11 +1,13 @@
 """`train`: a run from a configuration, in a new folder, or one that goes on in its own."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from fusedlm.checkpoint.load import load_checkpoint
 from fusedlm.data.dataset import Dataset
@@ -52,7 +54,8 @@ def train(
     Raises ValueError for what cannot be, among them DataError (the data), StateError (checkpoints), TrainingError (a
     run that cannot go on) and CheckpointError (weights to begin with).
     """
-    with join_ranks(device) as ranks:
+    with ExitStack() as stack:
+        ranks = stack.enter_context(join_ranks(device))
         where: Path = ranks.gather(Path(folder))[0]
         observers = observers if ranks.first else ()
         config = _with_tokenizer(_with_precision(config, ranks.device))
@@ -60,6 +63,7 @@ def train(
         if ranks.first:
             if not resume:
                 _claim(where, config)
+            stack.enter_context(_only_process(where))
             _open(config, where, observers, offline, cache_dir)
         ranks.gather(None)  # the others wait for the dataset
         dataset = _open(config, where, observers, offline, cache_dir)
@@ -110,6 +114,17 @@ def _claim(folder: Path, config: RunConfig) -> None:
         raise ValueError(f"{folder} exists already; expected a new folder, or --resume {folder} to go on")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / RUN_FILE, config.to_toml())
+
+
+@contextmanager
+def _only_process(folder: Path) -> Iterator[None]:
+    """Raises ValueError where another process trains in the folder. However that one ends, the system lets go."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise ValueError(f"another process trains in {folder}; expected it to end first") from None
 
 
 def _open(

@@ -31,7 +31,7 @@ from fusedlm.training.guard import first_nonfinite
 from fusedlm.training.judge import Judge, batch_of
 from fusedlm.training.lora import add_lora, frozen_fingerprint, merged
 from fusedlm.training.memory import peak_memory
-from fusedlm.training.metrics import Observer, Record
+from fusedlm.training.metrics import METRICS_FILE, Observer, Record, read_metrics
 from fusedlm.training.optimizer import Optimizer
 from fusedlm.training.parallel import gathered, shard
 from fusedlm.training.profiling import profiled
@@ -249,7 +249,7 @@ class Trainer:
         readings = Readings(self.ranks.device, ahead, together=self.ranks.size > 1)
         step: Callable[[Sequence[Batch]], Tensor] = CapturedStep(self.step) if self._captured else self.step
         self.model.train()
-        self.clock.start(self.done)
+        self.clock.start(self.done, self._seconds_before())
         with (
             Prefetch(self.loader.batches(self.done, steps), self.ranks.device, ahead=2 * micro_batches) as batches,
             profiled(self.profile if self.ranks.first else None, self.ranks.device) as profile,
@@ -277,6 +277,13 @@ class Trainer:
                     self._save()
                 self.saver.check()
         return 0
+
+    def _seconds_before(self) -> float:
+        """How long the steps took that an earlier part of the run has done."""
+        path = self.folder / METRICS_FILE
+        if not self.done or not path.exists():
+            return 0.0
+        return max((record.seconds for record in read_metrics(path) if record.step <= self.done), default=0.0)
 
     def _due(self, interval: int) -> bool:
         return interval > 0 and self.done % interval == 0

@@ -6,7 +6,7 @@ computed while the softmax of this one is (Shah et al. 2024, FlashAttention-3, a
 keys. The arithmetic is that of `forward` and `backward`.
 """
 
-from fusedlm.kernels._triton import gl, gluon, hopper, tma_load, tma_store
+from fusedlm.kernels._gluon import gl, gluon, hopper, tma_load, tma_store
 
 
 @gluon.jit

@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -10,10 +11,9 @@ from torch import Tensor
 from fusedlm.kernels._backend import interpreting
 from fusedlm.kernels._launch import capability, launch, launch_described
 from fusedlm.kernels._philox import drop_threshold
-from fusedlm.kernels._triton import gl, triton
+from fusedlm.kernels._triton import triton
 from fusedlm.kernels.attention.backward import dkv_kernel, dq_kernel
 from fusedlm.kernels.attention.forward import fwd_kernel
-from fusedlm.kernels.attention.hopper import hopper_dkv_kernel, hopper_dq_kernel, hopper_fwd_kernel
 
 # (BLOCK_M, BLOCK_N, num_warps, num_stages) by kernel and widest D, in 16 bits. Hopper's are measured, see
 # docs/kernels/attention.md; the others are the largest that spill no registers from sm_80 to sm_120.
@@ -79,6 +79,12 @@ def _hopper_config(kernel: str, q: Tensor, k: Tensor, setting: Setting) -> dict[
     return None
 
 
+@functools.cache
+def _hopper_kernels() -> Any:
+    """The module: what it imports takes a tenth of a second, and works with Triton alone."""
+    return import_module("fusedlm.kernels.attention.hopper")
+
+
 def tokens_outside(t: Tensor) -> Tensor:
     """An empty (B, H, T, D) that is (B, T, H, D) in memory: the next product takes heads side by side."""
     B, H, T, D = t.shape
@@ -93,6 +99,8 @@ def _tiled(t: Tensor) -> Tensor:
 def _described(t: Tensor, rows: int, columns: int) -> Any:
     """A descriptor for tiles of (rows, columns) of (B, H, T, D); of a copy where the hardware cannot read t itself."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from fusedlm.kernels._gluon import gl
 
     pairs = list(zip(t.shape[:3], t.stride()[:3], strict=True))
     if t.stride(3) != 1 or t.data_ptr() % 16 or any(stride % 8 or not stride for n, stride in pairs if n > 1):
@@ -127,16 +135,13 @@ def _launch(
 
 
 def _launch_on_hopper(
-    kernel: Any, blocks: int, setting: Setting, q: Tensor, k: Tensor, arguments: tuple[Any, ...], config: dict[str, int]
+    kernel: str, blocks: int, setting: Setting, q: Tensor, k: Tensor, arguments: tuple[Any, ...], config: dict[str, int]
 ) -> None:
+    """One of Hopper's. arguments: its descriptors and tensors but for the offset."""
     (_, H, T, _), (_, G, S, _) = q.shape, k.shape
     scalars = (setting.offset, H, H // G, T, S, setting.start, setting.scale)
-    launch_described(
-        kernel,
-        (blocks, 1, 1),
-        (*arguments, *scalars),
-        {"IS_CAUSAL": setting.causal, **config, "num_warps": 4},
-    )
+    constants = {"IS_CAUSAL": setting.causal, **config, "num_warps": 4}
+    launch_described(getattr(_hopper_kernels(), kernel), (blocks, 1, 1), (*arguments, *scalars), constants)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, Tensor]:
@@ -150,7 +155,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, 
         queries = [_described(t, 64, size) for t in (q, o)]
         keys = [_described(t, config["BLOCK_N"], size) for t in (k, v)]
         arguments = (queries[0], *keys, queries[1], lse)
-        _launch_on_hopper(hopper_fwd_kernel, B * H * triton.cdiv(T, 128), setting, q, k, arguments, config)
+        _launch_on_hopper("hopper_fwd_kernel", B * H * triton.cdiv(T, 128), setting, q, k, arguments, config)
         return o, lse
     config = _config("forward", D, q.itemsize, capability(q.device))
     tensors = (_tiled(q), _tiled(k), _tiled(v), o, lse)
@@ -180,7 +185,7 @@ def backward(
         qs, os, dos, dqs = (_described(t, 64, size) for t in (q, o, do, dq))
         keys = [_described(t, config["BLOCK_N"], size) for t in (k, v)]
         arguments = (qs, *keys, os, dos, dqs, lse, delta)
-        _launch_on_hopper(hopper_dq_kernel, B * H * triton.cdiv(T, 128), setting, q, k, arguments, config)
+        _launch_on_hopper("hopper_dq_kernel", B * H * triton.cdiv(T, 128), setting, q, k, arguments, config)
     else:
         config = _config("dq", D, q.itemsize, capability(q.device))
         blocks = B * H * triton.cdiv(T, config["BLOCK_M"])
@@ -192,7 +197,7 @@ def backward(
         qs, dos = (_described(t, config["BLOCK_M"], size) for t in (q, do))
         ks, vs, dks, dvs = (_described(t, 64, size) for t in (k, v, dk, dv))
         arguments = (qs, ks, vs, dos, dks, dvs, lse, delta)
-        _launch_on_hopper(hopper_dkv_kernel, B * G * triton.cdiv(S, 128), setting, q, k, arguments, config)
+        _launch_on_hopper("hopper_dkv_kernel", B * G * triton.cdiv(S, 128), setting, q, k, arguments, config)
     else:
         config = _config("dkv", D, q.itemsize, capability(q.device))
         blocks = B * G * triton.cdiv(S, config["BLOCK_N"])
