@@ -91,14 +91,19 @@ def gelu_table(results: Results) -> str:
     return _table(["GELU", "ms a token"], cells, "lr")
 
 
+def _middle_and_range(row: Results) -> str:
+    low, high = min(row["token_rounds"]), max(row["token_rounds"])
+    return f"{row['token_seconds'] * 1e3:.1f} ({low * 1e3:.1f} to {high * 1e3:.1f})"
+
+
 def busy_table(results: Results) -> str:
     """A token's time by the number of processes that keep the cores busy."""
-    found = {(row["runner"], row["busy"]): row["token_seconds"] for row in results["busy"]}
+    found = {(row["runner"], row["busy"]): row for row in results["busy"]}
     runners, counts = list(dict.fromkeys(r for r, _ in found)), sorted({c for _, c in found})
-    cells = [[r, *(f"{found[r, c] * 1e3:.1f}" for c in counts)] for r in runners]
+    cells = [[r, *(_middle_and_range(found[r, c]) for c in counts)] for r in runners]
     settings = dict.fromkeys(
-        f"{setting['new_tokens']} tokens, {setting['threads']} threads, means of {setting['rounds']} rounds"
-        for setting in (row["setting"] for row in results["busy"])
+        f"{s['new_tokens']} tokens, {s['threads']} threads, medians of {s['rounds']} rounds and their range"
+        for s in (row["setting"] for row in results["busy"])
     )
     table = _table(["busy processes", *map(str, counts)], cells, "l" + "r" * len(counts))
     return f"{table}\n\n{'; '.join(settings)}."

@@ -32,9 +32,9 @@ RESULTS: dict[str, Any] = {
     ],
     "ablation": [{"step": "no cache", "token_seconds": 0.0793}, {"gelu": "torch", "token_seconds": 9.94e-5}],
     "busy": [
-        {"model": "m", "runner": runner, "busy": busy, "token_seconds": seconds, "setting": SETTING}
-        for runner, times in (("fusedlm", (0.0065, 0.0126)), ("llama.cpp Q8_0", (0.0123, 0.0517)))
-        for busy, seconds in zip((0, 2), times, strict=True)
+        {"runner": runner, "busy": busy, "token_seconds": s, "token_rounds": [s, 1.2 * s, s / 2], "setting": SETTING}
+        for runner, times in (("fusedlm", (0.006, 0.012)), ("llama.cpp Q8_0", (0.01, 0.05)))
+        for busy, s in zip((0, 2), times, strict=True)
     ],
 }
 
@@ -67,10 +67,10 @@ A CPU, 2 cores, 25.8 GB/s; torch 2.13; 64 prompt and 128 new tokens, prompts of 
     "cpu busy": """\
 | busy processes | 0 | 2 |
 |---|---:|---:|
-| fusedlm | 6.5 | 12.6 |
-| llama.cpp Q8_0 | 12.3 | 51.7 |
+| fusedlm | 6.0 (3.0 to 7.2) | 12.0 (6.0 to 14.4) |
+| llama.cpp Q8_0 | 10.0 (5.0 to 12.0) | 50.0 (25.0 to 60.0) |
 
-128 tokens, 2 threads, means of 5 rounds.""",
+128 tokens, 2 threads, medians of 5 rounds and their range.""",
 }
 
 

@@ -49,6 +49,7 @@ def test_busy_cores(run: Run, tiny_model: Path, tmp_path: Path, monkeypatch: pyt
     rows = json.loads(file.read_text())["busy"]
     assert [(r["runner"], r["busy"]) for r in rows] == [("fusedlm", 0), ("fusedlm", 3)]
     assert all(0 < r["token_seconds"] < 10 for r in rows)
+    assert all([r["token_seconds"]] == r["token_rounds"] for r in rows), "one round"
     assert outcome.out.count("ms/token") == 2
 
 

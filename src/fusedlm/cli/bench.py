@@ -65,9 +65,9 @@ def decode(
 def busy(
     model: Annotated[str, typer.Option("--model", "-m")] = "smollm2-135m-instruct",
     processes: Annotated[list[int] | None, typer.Option(help="That compute meanwhile; several times.")] = None,
-    rounds: Annotated[int, typer.Option(help="Everybody has a turn in each; the mean counts.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Everybody has a turn in each; the median counts.")] = 5,
     prompt_tokens: Annotated[int, typer.Option(help="Read before the tokens that are timed.")] = 64,
-    new_tokens: Annotated[int, typer.Option(help="Timed together.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Timed together.")] = 32,
     threads: Threads = None,
     as_json: Json = None,
     peers_dir: Peers = None,

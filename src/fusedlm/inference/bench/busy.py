@@ -29,8 +29,9 @@ def busy_processes(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
 
 
 def measure_busy(name: str, counts: Iterable[int], setting: Setting, folder: Path) -> list[dict[str, Any]]:
-    """Rows {"model", "precision", "runner", "busy", "token_seconds", "setting"}, in 8 bits; means, for all waits count.
+    """Rows of "model", "precision", "runner", "busy", "token_seconds", "token_rounds" and "setting", in 8 bits.
 
+    token_rounds: the mean of each round, for every wait counts. token_seconds: their median, for rounds differ much.
     counts: of busy processes. folder: where peers' files are kept. Of a setting, long_prompt is not used.
     """
     model, source = bench_model(name)
@@ -56,6 +57,12 @@ def measure_busy(name: str, counts: Iterable[int], setting: Setting, folder: Pat
             r.close()
     same = {"model": name, "precision": "int8", "setting": asdict(setting)}
     return [
-        {**same, "runner": runner, "busy": count, "token_seconds": statistics.mean(seconds)}
+        {
+            **same,
+            "runner": runner,
+            "busy": count,
+            "token_seconds": statistics.median(seconds),
+            "token_rounds": seconds,
+        }
         for (runner, count), seconds in times.items()
     ]
