@@ -226,6 +226,8 @@ def _torchs_is_faster(q: Tensor, k: Tensor, seed: Tensor | None, cu_seqlens: Ten
     """
     if forced() != "auto" or seed is not None or cu_seqlens is not None:
         return False
+    if torch.compiler.is_compiling():  # a graph is for all lengths, and torch knows its own attention
+        return True
     if capability(q.device) != 90 or q.itemsize != 2 or not 32 < q.shape[3] <= 128 or q.shape[2] < 512:
         return True
     return k.shape[2] < 8192 if q.shape[3] > 64 else not trains
