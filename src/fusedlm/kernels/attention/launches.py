@@ -80,9 +80,10 @@ def _hopper_config(kernel: str, q: Tensor, k: Tensor, setting: Setting) -> dict[
 
 
 @functools.cache
-def _hopper_kernels() -> Any:
-    """The module: what it imports takes a tenth of a second, and works with Triton alone."""
-    return import_module("fusedlm.kernels.attention.hopper")
+def _hopper_kernel(name: str) -> Any:
+    """Imported late: it takes a tenth of a second, and works with Triton alone."""
+    module = "hopper_dkv" if name == "hopper_dkv_kernel" else "hopper"
+    return getattr(import_module(f"fusedlm.kernels.attention.{module}"), name)
 
 
 def tokens_outside(t: Tensor) -> Tensor:
@@ -141,7 +142,7 @@ def _launch_on_hopper(
     (_, H, T, _), (_, G, S, _) = q.shape, k.shape
     scalars = (setting.offset, H, H // G, T, S, setting.start, setting.scale)
     constants = {"IS_CAUSAL": setting.causal, **config, "num_warps": 4}
-    launch_described(getattr(_hopper_kernels(), kernel), (blocks, 1, 1), (*arguments, *scalars), constants)
+    launch_described(_hopper_kernel(kernel), (blocks, 1, 1), (*arguments, *scalars), constants)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, Tensor]:
