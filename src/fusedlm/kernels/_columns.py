@@ -10,7 +10,6 @@ from fusedlm.kernels._backend import interpreting
 from fusedlm.kernels._launch import launch, num_programs
 from fusedlm.kernels._operator import operator
 from fusedlm.kernels._triton import tl, triton
-from fusedlm.kernels.norm import sum_partials
 
 
 @functools.cache
@@ -35,6 +34,36 @@ def _column_sums_kernel(x_ptr, sums_ptr, x_stride, M, N, rows, BLOCK_M: tl.const
         at = lines[:, None].to(tl.int64) * x_stride + cols[None, :]
         total += tl.load(x_ptr + at, mask=(lines < M)[:, None] & (cols < N)[None, :], other=0.0).to(tl.float32)
     tl.store(sums_ptr + tl.cast(part, tl.int64) * N + cols, tl.sum(total, 0), mask=cols < N)
+
+
+@triton.jit
+def _sum_rows_kernel(p_ptr, out_ptr, P, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    # Program (i, j) adds up BLOCK_N columns of the j-th (P, N) table.
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = cols < N
+    p_ptr += tl.cast(tl.program_id(1), tl.int64) * P * N
+    out_ptr += tl.program_id(1) * N
+    total = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    for start in range(0, P, BLOCK_P):
+        lines = start + tl.arange(0, BLOCK_P)
+        at = lines[:, None].to(tl.int64) * N + cols[None, :]
+        total += tl.load(p_ptr + at, mask=(lines < P)[:, None] & mask[None, :], other=0.0)
+    tl.store(out_ptr + cols, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _sum_config(P: int) -> dict[str, int]:
+    """Tiles of 1,024 numbers: at full size 64 rows of 64 bytes, so that there are many programs."""
+    block = min(triton.next_power_of_2(P), 64)
+    return {"BLOCK_P": block, "BLOCK_N": 1024 // block, "num_warps": 4}
+
+
+def sum_partials(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n, N) in dtype: the sums over P of (n, P, N) fp32, in a fixed order."""
+    n, P, N = partial.shape
+    sums = torch.empty((n, N), dtype=dtype, device=partial.device)
+    config = {"N": N, **_sum_config(P)}
+    launch(_sum_rows_kernel, (triton.cdiv(N, config["BLOCK_N"]), n, 1), dtype, (partial, sums), (P,), config)
+    return sums
 
 
 @operator(fake=lambda x: x.new_empty(x.shape[1]))

@@ -16,11 +16,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fusedlm.kernels._backend import use_triton
-from fusedlm.kernels._columns import column_config
+from fusedlm.kernels._columns import column_config, sum_partials
 from fusedlm.kernels._launch import elementwise_config, launch, lines, rows
 from fusedlm.kernels._operator import operator
 from fusedlm.kernels._triton import tl, triton
-from fusedlm.kernels.norm import sum_partials
 
 
 def gelu_ref(x: Tensor, approximate: Literal["none", "tanh"] = "none", bias: Tensor | None = None) -> Tensor:

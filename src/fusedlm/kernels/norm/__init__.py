@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fusedlm.kernels._backend import use_triton
+from fusedlm.kernels._columns import sum_partials
 from fusedlm.kernels._launch import launch, num_programs, rows
 from fusedlm.kernels._operator import operator
 from fusedlm.kernels._philox import drop_threshold, dropout_seed, keep_mask_ref
 from fusedlm.kernels._triton import triton
-from fusedlm.kernels.norm.kernels import bwd_kernel, fwd_kernel, sum_rows_kernel
+from fusedlm.kernels.norm.kernels import bwd_kernel, fwd_kernel
 
 MAX_N = 65536  # a row is one program's
 
@@ -90,21 +91,6 @@ def _bwd_config(N: int, has_mean: bool, has_sum: bool) -> tuple[int, dict[str, A
     warps = min(max(block // (32 * each), 1), 32)
     programs = min(max(warps_per_multiprocessor // warps, 1), 16)
     return programs, {"N": N, "HAS_MEAN": has_mean, "BLOCK_N": block, "num_warps": warps}
-
-
-def _sum_config(P: int) -> dict[str, int]:
-    """Tiles of 1,024 numbers: at full size 64 rows of 64 bytes, so that there are many programs."""
-    block = min(triton.next_power_of_2(P), 64)
-    return {"BLOCK_P": block, "BLOCK_N": 1024 // block, "num_warps": 4}
-
-
-def sum_partials(partial: Tensor, dtype: torch.dtype) -> Tensor:
-    """(n, N) in dtype: the sums over P of (n, P, N) fp32, in a fixed order."""
-    n, P, N = partial.shape
-    sums = torch.empty((n, N), dtype=dtype, device=partial.device)
-    config = {"N": N, **_sum_config(P)}
-    launch(sum_rows_kernel, (triton.cdiv(N, config["BLOCK_N"]), n, 1), dtype, (partial, sums), (P,), config)
-    return sums
 
 
 def _forward(

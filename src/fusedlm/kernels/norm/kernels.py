@@ -130,18 +130,3 @@ def bwd_kernel(
     tl.store(dw_ptr + partial + cols, dw, mask=mask)
     if db_ptr is not None:
         tl.store(db_ptr + partial + cols, db, mask=mask)
-
-
-@triton.jit
-def sum_rows_kernel(p_ptr, out_ptr, P, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
-    # Program (i, j) adds up BLOCK_N columns of the j-th (P, N) table.
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = cols < N
-    p_ptr += tl.cast(tl.program_id(1), tl.int64) * P * N
-    out_ptr += tl.program_id(1) * N
-    total = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    for start in range(0, P, BLOCK_P):
-        lines = start + tl.arange(0, BLOCK_P)
-        at = lines[:, None].to(tl.int64) * N + cols[None, :]
-        total += tl.load(p_ptr + at, mask=(lines < P)[:, None] & mask[None, :], other=0.0)
-    tl.store(out_ptr + cols, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=mask)
