@@ -48,13 +48,13 @@ class NanoGPT(nn.Module):
                 into_residual = name.endswith(("out.weight", "down.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layers) if into_residual else 0.02)
 
-    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """ids, targets: (B, T). Returns the mean cross-entropy."""
+    def forward(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """ids, targets: (B, T). Returns the logits, (B, T, V), and the mean cross-entropy."""
         x = self.drop(self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device)))
         for block in self.blocks:
             x = block(x)
         logits = F.linear(self.norm(x), self.tokens.weight)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
 
 class NanoGPTStep:
@@ -80,12 +80,14 @@ class NanoGPTStep:
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.1},
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
+        self.logits: Tensor | None = None
         self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=device.type == "cuda")
 
     def __call__(self, ids: Tensor, targets: Tensor) -> Tensor:
         """One step of one batch, (B, T). Returns its loss, on the device."""
         with self.autocast():
-            loss = self.compiled(ids, targets)
+            # As its training loop does, whose variable holds the logits until the next step has computed its own.
+            self.logits, loss = self.compiled(ids, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -97,6 +99,6 @@ class NanoGPTStep:
         """Without training: the mean loss of a batch, eager, so that its shape compiles nothing."""
         self.model.eval()
         with self.autocast():
-            loss = self.model(ids, targets)
+            _, loss = self.model(ids, targets)
         self.model.train()
         return loss

@@ -14,6 +14,7 @@ from fusedlm.kernels.embedding import embedding
 from fusedlm.kernels.gelu import gelu
 from fusedlm.kernels.linear import linear
 from fusedlm.kernels.linear_cross_entropy import linear_cross_entropy
+from fusedlm.kernels.mlp import mlp
 from fusedlm.kernels.modules import (
     GELU,
     CrossEntropyLoss,
@@ -60,6 +61,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "mlp",
     "raise_index_errors",
     "rms_norm",
     "rope",

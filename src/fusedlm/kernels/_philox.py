@@ -30,6 +30,19 @@ def keep_mask(seed, stream, row, first_group, threshold, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def keep_groups(seed, stream, group, threshold):
+    """(M, 8N) bool: which elements stay, of (M, N) groups of 8. group: (M, N) int64, index // 8 of their first ones.
+
+    `dropout`'s mask, by the index into the whole tensor.
+    """
+    zero = (group * 0).to(tl.uint32)
+    a, b, c, d = tl.philox(seed, group.to(tl.uint32), zero, zero, zero + stream.to(tl.uint32), _ROUNDS)
+    words = tl.join(tl.join(a, c), tl.join(b, d))
+    halves = tl.join(words & 0xFFFF, words >> 16)
+    return halves.reshape([group.shape[0], 8 * group.shape[1]]).to(tl.int32) >= threshold
+
+
+@triton.jit
 def tile_key(seed, stream, head):
     """The key of `keep_tile` for one head of one sequence: a word of Philox4x32."""
     zero = tl.zeros((1,), tl.uint32)

@@ -48,6 +48,19 @@ def _normal_tail(x):
 
 
 @triton.jit
+def gelu_of(x, TANH: tl.constexpr, WIDE: tl.constexpr):
+    """GELU of x, fp32. WIDE: to fp32's precision, and not to that of 16 bits."""
+    if TANH:
+        y = x / (1.0 + _exp_minus(1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    elif WIDE:
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:
+        tail, _ = _normal_tail(x)
+        y = x * tl.where(x < 0.0, tail, 1.0 - tail)
+    return y
+
+
+@triton.jit
 def _fwd_kernel(x_ptr, b_ptr, y_ptr, x_stride, N, TANH: tl.constexpr, BLOCK_N: tl.constexpr):
     blocks = tl.cdiv(N, BLOCK_N)
     row = tl.cast(tl.program_id(0) // blocks, tl.int64)
@@ -56,18 +69,13 @@ def _fwd_kernel(x_ptr, b_ptr, y_ptr, x_stride, N, TANH: tl.constexpr, BLOCK_N: t
     x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
     if b_ptr is not None:
         x += tl.load(b_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    if TANH:
-        y = x / (1.0 + _exp_minus(1.5957691216057308 * (x + 0.044715 * x * x * x)))
-    elif x_ptr.dtype.element_ty == tl.float32:
-        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    else:
-        tail, _ = _normal_tail(x)
-        y = x * tl.where(x < 0.0, tail, 1.0 - tail)
+    y = gelu_of(x, TANH, x_ptr.dtype.element_ty == tl.float32)
     tl.store(y_ptr + row * N + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _slope(x, EXACT_DTYPE: tl.constexpr, TANH: tl.constexpr):
+def gelu_and_slope(x, TANH: tl.constexpr, WIDE: tl.constexpr):
+    """(GELU of x, its derivative there), fp32. WIDE: as of `gelu_of`."""
     if TANH:
         x2 = x * x
         e = _exp_minus(1.5957691216057308 * (x + 0.044715 * x * x2))
@@ -75,12 +83,14 @@ def _slope(x, EXACT_DTYPE: tl.constexpr, TANH: tl.constexpr):
         slope = s + x * (e * s * s) * (
             1.5957691216057308 + 0.21406444881780076 * x2
         )  # 1 - s, without the digits it loses
-    elif EXACT_DTYPE:
-        slope = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    elif WIDE:
+        s = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        slope = s + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
     else:
         tail, e = _normal_tail(x)
-        slope = tl.where(x < 0.0, tail, 1.0 - tail) + x * 0.3989422804014327 * e
-    return slope
+        s = tl.where(x < 0.0, tail, 1.0 - tail)
+        slope = s + x * 0.3989422804014327 * e
+    return x * s, slope
 
 
 @triton.jit
@@ -91,7 +101,7 @@ def _bwd_kernel(dy_ptr, x_ptr, dx_ptr, dy_stride, x_stride, N, TANH: tl.constexp
     mask = cols < N
     dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    slope = _slope(x, x_ptr.dtype.element_ty == tl.float32, TANH)
+    _, slope = gelu_and_slope(x, TANH, x_ptr.dtype.element_ty == tl.float32)
     tl.store(dx_ptr + row * N + cols, (dy * slope).to(dx_ptr.dtype.element_ty), mask=mask)
 
 
@@ -104,7 +114,9 @@ def _bwd_bias_kernel(
     blocks = tl.cdiv(N, BLOCK_N)
     part = tl.program_id(0) // blocks
     cols = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    bias = tl.load(b_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
+    bias = tl.zeros((BLOCK_N,), tl.float32)
+    if b_ptr is not None:
+        bias += tl.load(b_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(part * rows, tl.minimum((part + 1) * rows, M), BLOCK_M):
         lines = start + tl.arange(0, BLOCK_M)
@@ -112,7 +124,8 @@ def _bwd_bias_kernel(
         mask = (lines < M)[:, None] & (cols < N)[None, :]
         dy = tl.load(dy_ptr + row * dy_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + row * x_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32) + bias[None, :]
-        dx = dy * _slope(x, x_ptr.dtype.element_ty == tl.float32, TANH)
+        _, slope = gelu_and_slope(x, TANH, x_ptr.dtype.element_ty == tl.float32)
+        dx = dy * slope
         tl.store(dx_ptr + row * N + cols[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
         total += dx
     tl.store(sums_ptr + tl.cast(part, tl.int64) * N + cols, tl.sum(total, 0), mask=cols < N)
@@ -142,20 +155,23 @@ def _gelu_backward(dy: Tensor, x: Tensor, tanh: bool) -> Tensor:
     return dx
 
 
-@operator(fake=lambda dy, x, bias, tanh: (x.new_empty(x.shape), bias.new_empty(bias.shape)))
-def _gelu_bias_backward(dy: Tensor, x: Tensor, bias: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
-    """(dx, dbias)."""
+@operator(fake=lambda dy, x, bias, tanh: (x.new_empty(x.shape), x.new_empty(x.shape[-1])))
+def gelu_backward_and_sums(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
+    """(dx, its sums over rows), of GELU at x + bias. The sums have the dtype of bias, x's without one."""
     dy2, x2 = rows(dy), rows(x)
     M, N = x2.shape
+    dtype = x.dtype if bias is None else bias.dtype
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     if not M or not N:
-        return dx, torch.zeros_like(bias)
+        return dx, torch.zeros(N, dtype=dtype, device=x.device)
     config, blocks, parts, each = column_config(M, N, x.device)
     partial = torch.empty((1, parts, N), dtype=torch.float32, device=x.device)
     scalars = (dy2.stride(0), x2.stride(0), M, N, each)
-    tensors = (dy2, x2, bias, dx, partial)
-    launch(_bwd_bias_kernel, (blocks * parts, 1, 1), (x.dtype, bias.dtype), tensors, scalars, {"TANH": tanh, **config})
-    return dx, sum_partials(partial, bias.dtype)[0]
+    key = (x.dtype, None if bias is None else bias.dtype)
+    launch(
+        _bwd_bias_kernel, (blocks * parts, 1, 1), key, (dy2, x2, bias, dx, partial), scalars, {"TANH": tanh, **config}
+    )
+    return dx, sum_partials(partial, dtype)[0]
 
 
 class _GELU(torch.autograd.Function):
@@ -171,7 +187,7 @@ class _GELU(torch.autograd.Function):
         x, bias = ctx.saved_tensors
         if bias is None:
             return _gelu_backward(dy, x, ctx.tanh), None, None
-        return *_gelu_bias_backward(dy, x, bias, ctx.tanh), None
+        return *gelu_backward_and_sums(dy, x, bias, ctx.tanh), None
 
 
 def gelu(x: Tensor, approximate: Literal["none", "tanh"] = "none", bias: Tensor | None = None) -> Tensor:

@@ -31,6 +31,22 @@ def _exp_minus(x):
 
 
 @triton.jit
+def swiglu_of(g, u):
+    """SwiGLU of fp32 g and u."""
+    return g / (1.0 + _exp_minus(g)) * u
+
+
+@triton.jit
+def swiglu_gradients(dy, g, u):
+    """(dg, du, SwiGLU itself), all fp32."""
+    e = _exp_minus(g)
+    s = 1.0 / (1.0 + e)
+    silu = g * s
+    dg = dy * u * s * (1.0 + g * (e * s))  # e * s is 1 - s, without the digits that loses
+    return dg, dy * silu, silu * u
+
+
+@triton.jit
 def _fwd_kernel(g_ptr, u_ptr, y_ptr, g_stride, u_stride, N, BLOCK_N: tl.constexpr):
     blocks = tl.cdiv(N, BLOCK_N)
     row = tl.cast(tl.program_id(0) // blocks, tl.int64)
@@ -38,7 +54,7 @@ def _fwd_kernel(g_ptr, u_ptr, y_ptr, g_stride, u_stride, N, BLOCK_N: tl.constexp
     mask = cols < N
     g = tl.load(g_ptr + row * g_stride + cols, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(u_ptr + row * u_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    y = g / (1.0 + _exp_minus(g)) * u
+    y = swiglu_of(g, u)
     tl.store(y_ptr + row * N + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -53,10 +69,7 @@ def _bwd_kernel(
     dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + row * g_stride + cols, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(u_ptr + row * u_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    e = _exp_minus(g)
-    s = 1.0 / (1.0 + e)
-    du = dy * g * s
-    dg = dy * u * s * (1.0 + g * (e * s))  # e * s is 1 - s, without the digits that loses
+    dg, du, _ = swiglu_gradients(dy, g, u)
     tl.store(dg_ptr + row * out_stride + cols, dg.to(dg_ptr.dtype.element_ty), mask=mask)
     tl.store(du_ptr + row * out_stride + cols, du.to(du_ptr.dtype.element_ty), mask=mask)
 
@@ -79,7 +92,7 @@ def _swiglu(g: Tensor, u: Tensor | None) -> Tensor:
 
 
 @operator(fake=lambda dy, g, u: (g.new_empty(g.shape), g.new_empty(0 if u is None else u.shape)))
-def _swiglu_backward(dy: Tensor, g: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor]:
+def swiglu_backward(dy: Tensor, g: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor]:
     """The gradients of g and u; of g alone (and an empty tensor) where g holds both halves."""
     dg = torch.empty_like(g, memory_format=torch.contiguous_format)
     if u is not None:
@@ -110,7 +123,7 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         g, u = ctx.saved_tensors
-        dg, du = _swiglu_backward(dy, g, u)
+        dg, du = swiglu_backward(dy, g, u)
         return dg, None if u is None else du
 
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from fusedlm.kernels import GELU, Embedding, LayerNorm
+from fusedlm.kernels import GELU, Embedding, LayerNorm, mlp
 from fusedlm.models.config import GPT2Config
 from fusedlm.models.decoder import DecoderModel, check_length
 from fusedlm.models.layers import Attention, Block, Cache, Linear, add_norm
@@ -16,6 +16,8 @@ class MLP(nn.Module):
         self.down = Linear(config.mlp_width, config.width, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.up, Linear) and isinstance(self.down, Linear):
+            return mlp(x, self.up.weight, self.up.bias, self.down.weight, self.down.bias, "gelu_tanh")
         return self.down(self.activation(self.up.without_bias(x), self.up.bias))
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from fusedlm.kernels import RMSNorm, RotaryEmbedding, SwiGLU
+from fusedlm.kernels import RMSNorm, RotaryEmbedding, SwiGLU, mlp
 from fusedlm.models.config import LlamaConfig
 from fusedlm.models.decoder import DecoderModel, check_length
 from fusedlm.models.layers import Attention, Block, Cache, Linear, add_norm
@@ -17,6 +17,8 @@ class GatedMLP(nn.Module):
         self.down = Linear(config.mlp_width, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.gate_up, Linear) and isinstance(self.down, Linear):
+            return mlp(x, self.gate_up.weight, None, self.down.weight, activation="swiglu")
         return self.down(self.activation(self.gate_up(x)))  # (B, T, 2F) to (B, T, F)
 
 

@@ -7,6 +7,7 @@ from fusedlm.testing.cases import (
     dropout,
     embedding,
     gelu,
+    linear,
     norm,
     rope,
     sample,
@@ -15,6 +16,6 @@ from fusedlm.testing.cases import (
 )
 from fusedlm.testing.contract import OpCase
 
-_FAMILIES = (norm, gelu, swiglu, dropout, rope, softmax, embedding, cross_entropy, adamw, sample, attention)
+_FAMILIES = (norm, gelu, swiglu, dropout, rope, softmax, embedding, cross_entropy, adamw, sample, attention, linear)
 
 CASES: dict[str, OpCase] = {case.name: case for family in _FAMILIES for case in family.CASES}
