@@ -14,7 +14,6 @@ import torch
 from fusedlm.hardware import available_cores
 
 _POLL_SECONDS = 0.1
-_LAST_SECONDS = 10.0  # to end in, when asked to
 
 
 @dataclass(frozen=True)
@@ -43,11 +42,15 @@ def visible_gpus() -> list[str]:
     return names[: torch.cuda.device_count()]
 
 
-def run_jobs(jobs: Sequence[Job], gpus: Sequence[str], logs: Path, ended: Callable[[Ended], None]) -> None:
+def run_jobs(
+    jobs: Sequence[Job], gpus: Sequence[str], logs: Path, ended: Callable[[Ended], None], *, patience: float = 10.0
+) -> None:
     """Run every job, on as many GPUs at a time as there are; without any, one after the other.
 
     The jobs share the caches of compiled code, which are the user's, and each has its share of the cores to compile
-    with. logs: a folder for what they print. ended: called as each ends. However this function ends, no job goes on.
+    with. gpus: a name each, or several joined by commas for jobs that take several. logs: a folder for what they print.
+    ended: called as each ends. However this function ends, no job goes on: those that run get SIGTERM, and SIGKILL
+    after so many seconds of patience.
     """
     logs.mkdir(parents=True, exist_ok=True)
     waiting = sorted(jobs, key=lambda job: -job.seconds)
@@ -55,7 +58,7 @@ def run_jobs(jobs: Sequence[Job], gpus: Sequence[str], logs: Path, ended: Callab
     threads = str(max(1, available_cores() // len(free)))
     running: list[tuple[Job, str | None, Any, float]] = []
     with ExitStack() as stack:
-        stack.callback(lambda: _end([process for _, _, process, _ in running]))
+        stack.callback(lambda: _end([process for _, _, process, _ in running], patience))
         while waiting or running:
             while waiting and free:
                 job, gpu = waiting.pop(0), free.pop(0)
@@ -73,10 +76,10 @@ def run_jobs(jobs: Sequence[Job], gpus: Sequence[str], logs: Path, ended: Callab
                 ended(Ended(job, process.returncode, logs / f"{job.name}.log", time.perf_counter() - begin))
 
 
-def _end(processes: Sequence[Any]) -> None:
+def _end(processes: Sequence[Any], patience: float) -> None:
     for process in processes:
         process.terminate()
-    limit = time.monotonic() + _LAST_SECONDS
+    limit = time.monotonic() + patience
     for process in processes:
         try:
             process.wait(max(0.0, limit - time.monotonic()))

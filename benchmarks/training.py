@@ -322,9 +322,10 @@ def _several(options: argparse.Namespace, arguments: Sequence[str]) -> None:
     rest = [argument for argument in arguments if argument not in options.suites]
     command = (sys.executable, "-m", "benchmarks", "training")
     jobs = [Job(name, (*command, name, *rest)) for name in options.suites]
-    logs = options.out / "logs"
-    run_jobs([job for job in jobs if job.name in TIMED], gpus if options.gpus else gpus[:1], logs, ended)
-    run_jobs([job for job in jobs if job.name not in TIMED], [",".join(gpus)] if gpus else [], logs, ended)
+    logs, patience = options.out / "logs", 30.0  # more than they have with processes of their own
+    timed, others = ([job for job in jobs if (job.name in TIMED) == kind] for kind in (True, False))
+    run_jobs(timed, gpus if options.gpus else gpus[:1], logs, ended, patience=patience)
+    run_jobs(others, [",".join(gpus)] if gpus else [], logs, ended, patience=patience)
     if failed:
         raise ValueError(f"{', '.join(failed)} failed")
 

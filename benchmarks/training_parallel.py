@@ -7,7 +7,6 @@ so many processes; `compare` starts it both ways.
 import argparse
 import gc
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.processes import Ended, Job, last_lines, run_jobs, visible_gpus
 from benchmarks.training import Suite, measure, ours
 from fusedlm.models import PRESETS
 from fusedlm.training.config import ParallelConfig
@@ -63,19 +63,25 @@ def compare(
 
     Raises ValueError where there are not so many GPUs, or a process fails.
     """
-    if gpus < 2 or (device == "cuda" and torch.cuda.device_count() < gpus):
-        raise ValueError(f"there are {torch.cuda.device_count()} GPUs for {gpus} processes; expected two or more")
+    cuda, names = device == "cuda", visible_gpus()
+    if gpus < 2 or (cuda and len(names) < gpus):
+        raise ValueError(f"there are {len(names)} GPUs for {gpus} processes; expected two or more")
     model, batch, context = shape or SHAPES[suite]
     rows: list[dict[str, Any]] = []
+
+    def ended(end: Ended) -> None:
+        if end.status:
+            raise ValueError(f"{end.job.name} ended with status {end.status}:\n{last_lines(end.log, 40)}")
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"
         for number in (1, gpus):
             torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={number}", "-m"]
             command = [sys.executable, "-m", *(torchrun if number > 1 else []), "benchmarks.training_parallel"]
             command += [model, str(batch), str(context), "--device", device, "--out", str(path)]
-            done = subprocess.run([*command, *(["--rounds", str(rounds)] if rounds else [])])
-            if done.returncode:
-                raise ValueError(f"{number} processes ended with status {done.returncode}")
+            command += ["--rounds", str(rounds)] if rounds else []
+            job = Job(f"processes-{number}", command)
+            run_jobs([job], [",".join(names[:number])] if cuda else [], Path(folder), ended)
             rows += json.loads(path.read_text(encoding="utf-8"))
     return {"suite": suite, "model": model, "batch": batch, "context": context, "precision": "bf16", "rows": rows}
 

@@ -19,7 +19,7 @@ from benchmarks.peers.nanogpt import NanoGPT, NanoGPTStep
 from benchmarks.processes import Ended, Job, run_jobs
 from benchmarks.training import OURS, TIMED, Suite, measure, nanogpt, ours, suite_of, table
 from benchmarks.training_parallel import compare, parallel_table
-from benchmarks.training_quality import runs_of
+from benchmarks.training_quality import TORCHS_OPS, runs_of
 from benchmarks.training_report import BLOCKS, curves_figure
 from fusedlm.models import PRESETS, build_model
 
@@ -233,7 +233,23 @@ def test_the_report() -> None:
     assert "a CPU, 2 threads, torch 2.13, 2026-01-02." in table
     quality = BLOCKS["training shakespeare-quality"](MEASURED)
     assert "| fusedlm | 2 | 1.4750 | 1.4800 | 0.0071 |" in quality
-    axes = curves_figure(MEASURED["shakespeare-quality"]["rows"], "title").axes[0]
-    means = [line for line in axes.lines if not line.get_label().startswith("_")]
-    assert [line.get_label() for line in means] == ["fusedlm, mean of 2", "nanoGPT, mean of 2"]
-    assert list(means[0].get_ydata()) == pytest.approx([2.0, 1.475])
+    assert "From one seed" not in quality
+    for axes, want in zip(
+        curves_figure(MEASURED["shakespeare-quality"]["rows"], "title").axes, ([2.0, 1.475], [0.0, -0.01]), strict=True
+    ):
+        assert len(axes.lines) == 2 * (2 + 1)
+        means = [line for line in axes.lines if not line.get_label().startswith("_")]
+        assert [line.get_label() for line in means] == ["fusedlm, mean of 2", "nanoGPT, mean of 2"]
+        assert list(means[0].get_ydata()) == pytest.approx(want)
+
+
+def test_a_round_that_is_not_whole_says_so() -> None:
+    results = MEASURED["shakespeare-quality"]
+    pair = {"variant": TORCHS_OPS, "seed": 1, "best": 1.475, "curve": [[250, 2.004], [500, 1.475]]}
+    part = {**results, "rows": [*results["rows"], pair], "missing": ["nanogpt-3"]}
+    said = BLOCKS["training shakespeare-quality"]({"shakespeare-quality": part})
+    assert "Not all runs are done; missing: nanogpt-3." in said
+    # |2 - 2.004| and |1.47 - 1.475|; the seeds span 0 and 0.01
+    assert "are 0.0045 apart in the median; the 2 seeds of ours span 0.0050." in said
+    names = [line.get_label() for line in curves_figure(part["rows"], "title").axes[0].lines]
+    assert f"{TORCHS_OPS}, one seed" in names
