@@ -183,7 +183,7 @@ def write_report(results: Path, docs: Path, *, plots: bool = True) -> list[Path]
             figures[docs / "decode_cpu.png"] = decode_figure(decode["decode"])
         for suite, found in training.items():
             if suite.endswith("-quality"):
-                figure = training_report.curves_figure(found["rows"], suite)
+                figure = training_report.curves_figure(found["rows"], training_report.QUALITY_TITLES[suite])
                 figures[docs / f"training_{suite.replace('-', '_')}.png"] = figure
         for path, figure in figures.items():
             save(figure, path)

@@ -2,13 +2,19 @@
 
 Steps are timed in rounds, the contenders one after the other; a figure is the median of the rounds. Memory is what a
 contender adds at its peak, building and warming up included. Results go to training_SUITE.json.
+Of several suites each is a process of its own. Those that are timed take turns on one GPU, or each has one (--gpus);
+then come curves of several seeds (training_quality.py) and one model on two GPUs (training_parallel.py).
 """
 
 import argparse
 import json
+import os
+import signal
 import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from dataclasses import replace as changed
 from pathlib import Path
@@ -18,13 +24,22 @@ import torch
 from torch import Tensor
 
 from benchmarks.environment import environment, head
-from benchmarks.training_quality import gpt2_quality, quality_table, shakespeare_quality
+from benchmarks.processes import Ended, Job, run_jobs, visible_gpus
+from benchmarks.training_quality import (
+    QUALITY,
+    dataset_of,
+    quality_table,
+    run_round,
+    same_seed,
+    write_curves,
+)
 from fusedlm.data.rows import Batch
 from fusedlm.hardware import GPU, detect
 from fusedlm.models import PRESETS, ModelConfig, build_model
 from fusedlm.planner import compute_mfu, flops_per_token
-from fusedlm.training.config import TrainingConfig, make_config, model_config
+from fusedlm.training.config import ParallelConfig, TrainingConfig, make_config, model_config
 from fusedlm.training.optimizer import Optimizer
+from fusedlm.training.parallel import shard
 from fusedlm.training.randomness import seed_step
 from fusedlm.training.ranks import Ranks
 from fusedlm.training.recompute import RecomputeCheap, recompute_blocks
@@ -52,8 +67,10 @@ class Suite:
     precision: str = "bf16"
 
 
-def ours(config: ModelConfig, **settings: Any) -> Maker:
-    """Our step, as the trainer makes it."""
+def ours(
+    config: ModelConfig, *, ranks: Ranks | None = None, parallel: ParallelConfig | None = None, **settings: Any
+) -> Maker:
+    """Our step, as the trainer makes it. ranks: of several processes this one, by default alone."""
 
     def make(device: torch.device) -> StepFunction:
         training = TrainingConfig(**settings)
@@ -71,16 +88,17 @@ def ours(config: ModelConfig, **settings: Any) -> Maker:
             with cheap:
                 return plain(batch)
 
-        ranks = Ranks(0, 1, device)
+        here = ranks or Ranks(0, 1, device)
+        shard(model, parallel or ParallelConfig(), here)
         optimizer = Optimizer(model, training, pure=precision == "bf16-pure")
-        step: Any = Step(forward, optimizer, training, ranks)
-        if device.type == "cuda" and training.graph:
+        step: Any = Step(forward, optimizer, training, here)
+        if device.type == "cuda" and training.graph and here.size == 1:
             step = CapturedStep(step)
         done = 0
 
         def call(ids: Tensor, targets: Tensor) -> Tensor:
             nonlocal done
-            seed_step(training.seed, done, ranks)
+            seed_step(training.seed, done, here)
             optimizer.schedule(1.0)
             done += 1
             return step([Batch(ids, targets)])[0]
@@ -148,15 +166,16 @@ def suite_of(name: str) -> Suite:
 
 
 TIMED = ("gpt2", "llama-1b", "llama-1b-masters", "shakespeare", "shakespeare-cpu")
-QUALITY = {"shakespeare-quality": shakespeare_quality, "gpt2-quality": gpt2_quality}
-SUITES = (*TIMED, *QUALITY)
 
 
-def measure(suite: Suite, *, only: str | None = None) -> list[dict[str, Any]]:
-    """A row for each contender: seconds a step, tokens a second, MFU, GiB, the loss after the same steps."""
+def measure(suite: Suite, *, only: str | None = None, seed: int = 1) -> list[dict[str, Any]]:
+    """A row for each contender: seconds a step, tokens a second, MFU, GiB, the loss after the same steps.
+
+    only: one contender. seed: of the tokens.
+    """
     device = torch.device(suite.device)
     cuda = device.type == "cuda"
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     sets = 8
     ids = torch.randint(suite.config.vocab_size, (sets, suite.batch, suite.context + 1), generator=generator)
     tokens, targets = ids[..., :-1].to(device), ids[..., 1:].contiguous().to(device)
@@ -237,50 +256,101 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def write_results(results: dict[str, Any], folder: Path) -> Path:
+    """Results of a suite as training_SUITE.json, whole or not at all; returns the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"training_{results['suite'].replace('-', '_')}.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def _timed(options: argparse.Namespace, name: str) -> None:
+    suite = suite_of(name)
+    if suite.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("there is no GPU here")
+    suite = suite if options.rounds is None else changed(suite, rounds=options.rounds)
+    # A graph cannot be captured on the default stream.
+    with torch.cuda.stream(torch.cuda.Stream()) if suite.device == "cuda" else nullcontext():
+        rows = measure(suite, only=options.only)
+    facts = {"batch": suite.batch, "context": suite.context, "precision": suite.precision}
+    write_results({"suite": name, **facts, "rows": rows, "environment": environment(options.commit)}, options.out)
+    print(table(rows))
+
+
+def _quality(options: argparse.Namespace, name: str) -> None:
+    def write(results: dict[str, Any]) -> None:
+        path = write_results({**results, "environment": results["rows"][0]["environment"]}, options.out)
+        write_curves(results["rows"], path.with_suffix(".csv"))
+
+    folder = options.out / name
+    choices = {"seeds": options.seeds, "only": options.only, "overrides": options.set, "commit": options.commit}
+    with dataset_of(name, options.file, options.data) as data:
+        results = run_round(name, data, folder, write, gpus=visible_gpus()[: options.gpus], **choices)
+    if results["rows"]:
+        write(results)
+        print(quality_table(results["rows"]), same_seed(results["rows"]), sep="\n")
+    if "missing" in results:
+        raise ValueError(f"{', '.join(results['missing'])} are missing: see {folder}, and run again for them alone")
+
+
+def _parallel(options: argparse.Namespace, name: str) -> None:
+    from benchmarks.training_parallel import compare, parallel_table  # which takes its steps from here
+
+    results = compare(name, device="cuda", gpus=options.gpus or 2, rounds=options.rounds)
+    write_results({**results, "environment": environment(options.commit)}, options.out)
+    print(parallel_table(results["rows"]))
+
+
+COMMANDS: Mapping[str, Callable[[argparse.Namespace, str], None]] = {
+    **dict.fromkeys(TIMED, _timed),
+    **dict.fromkeys(QUALITY, _quality),
+    "llama-1b-fsdp": _parallel,
+}
+
+
+def _several(options: argparse.Namespace, arguments: Sequence[str]) -> None:
+    gpus = visible_gpus()[: options.gpus]
+    failed: list[str] = []
+
+    def ended(end: Ended) -> None:
+        print(f"\n{end.job.name}, {end.seconds:.0f} s\n{end.log.read_text(encoding='utf-8')}", flush=True)
+        if end.status:
+            failed.append(end.job.name)
+
+    rest = [argument for argument in arguments if argument not in options.suites]
+    command = (sys.executable, "-m", "benchmarks", "training")
+    jobs = [Job(name, (*command, name, *rest)) for name in options.suites]
+    logs, patience = options.out / "logs", 30.0  # more than they have with processes of their own
+    timed, others = ([job for job in jobs if (job.name in TIMED) == kind] for kind in (True, False))
+    run_jobs(timed, gpus if options.gpus else gpus[:1], logs, ended, patience=patience)
+    run_jobs(others, [",".join(gpus)] if gpus else [], logs, ended, patience=patience)
+    if failed:
+        raise ValueError(f"{', '.join(failed)} failed")
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks training", description=__doc__)
-    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("suites", nargs="+", choices=COMMANDS, metavar="SUITE", help=", ".join(COMMANDS))
     parser.add_argument("--only", help="one contender alone")
     parser.add_argument("--rounds", type=int, help="of each contender")
-    parser.add_argument("--seeds", type=int, default=5, help="of quality")
-    parser.add_argument("--steps", type=int, help="of quality: fewer, to try it out")
-    parser.add_argument(
-        "--file", type=Path, help="tinyshakespeare, where it is not to be downloaded; of gpt2-quality, a dataset"
-    )
+    parser.add_argument("--gpus", type=int, help="how many to use; by default all, of what is timed one, of FSDP two")
+    parser.add_argument("--seeds", type=int, help="of quality; by default 5 of shakespeare, 3 of gpt2")
+    parser.add_argument("--set", action="append", default=[], help="of quality: a setting, as `fusedlm train` takes it")
+    parser.add_argument("--file", type=Path, help="tinyshakespeare, where it is not to be downloaded")
+    parser.add_argument("--data", type=Path, help="the dataset of gpt2-quality")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the JSON")
     parser.add_argument("--commit", default=head(), help="of the code that runs, where it is not a git checkout")
     options = parser.parse_args(arguments)
     begin = time.perf_counter()
-    results: dict[str, Any]
-    if options.suite in QUALITY:
-        found = QUALITY[options.suite](options.seeds, options.file, only=options.only, steps=options.steps)
-        results, text = {"suite": options.suite, **found}, quality_table(found["rows"])
-    else:
-        suite = suite_of(options.suite)
-        if suite.device == "cuda" and not torch.cuda.is_available():
-            parser.error("there is no GPU here")
-        suite = suite if options.rounds is None else changed(suite, rounds=options.rounds)
-        stream = torch.cuda.stream(torch.cuda.Stream()) if suite.device == "cuda" else None
-        if stream is not None:  # a graph cannot be captured on the default one
-            stream.__enter__()
-        rows = measure(suite, only=options.only)
-        facts = {"batch": suite.batch, "context": suite.context, "precision": suite.precision}
-        results, text = {"suite": options.suite, **facts, "rows": rows}, table(rows)
-    results["environment"] = environment(options.commit) if torch.cuda.is_available() else _cpu(options.commit)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"training_{options.suite.replace('-', '_')}.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(text)
+    # What was begun for this command must not go on after it.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        if len(options.suites) > 1:
+            _several(options, arguments)
+        else:
+            COMMANDS[options.suites[0]](options, options.suites[0])
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     print(f"all: {time.perf_counter() - begin:.1f} s")
-
-
-def _cpu(commit: str | None) -> dict[str, Any]:
-    import platform
-
-    return {
-        "cpu": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit,
-        "date": time.strftime("%Y-%m-%d"),
-    }

@@ -4,7 +4,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.training_quality import quality_table
+from benchmarks.training_parallel import parallel_table
+from benchmarks.training_quality import NANOGPT, OURS, TORCHS_OPS, quality_table, same_seed
 
 Results = Mapping[str, Any]  # of one suite
 
@@ -15,7 +16,11 @@ TITLES = {
     "shakespeare": "shakespeare-char, 64 x 256",
     "shakespeare-cpu": "shakespeare-char on a CPU, 4 x 256",
 }
-COLORS = {"fusedlm": "#D55E00", "nanoGPT": "#0072B2"}
+QUALITY_TITLES = {
+    "shakespeare-quality": "shakespeare-char, all of its last tenth",
+    "gpt2-quality": "GPT-2 124M, 32 x 1024, held-out documents",
+}
+COLORS = {OURS: "#D55E00", NANOGPT: "#0072B2", TORCHS_OPS: "#000000"}
 
 
 def steps_table(measured: Mapping[str, Results]) -> str:
@@ -57,7 +62,16 @@ def sentence(measured: Mapping[str, Results]) -> str:
 
 def quality_block(measured: Mapping[str, Results], suite: str) -> str:
     """The seeds' best losses of a suite."""
-    return f"{quality_table(measured[suite]['rows'])}\n\n{machine(measured[suite])}"
+    rows = measured[suite]["rows"]
+    missing = f"Not all runs are done; missing: {', '.join(measured[suite].get('missing', ()))}."
+    said = [same_seed(rows), missing if "missing" in measured[suite] else "", machine(measured[suite])]
+    return f"{quality_table(rows)}\n\n{' '.join(filter(None, said))}"
+
+
+def parallel_block(measured: Mapping[str, Results]) -> str:
+    """One model on several GPUs."""
+    found = measured["llama-1b-fsdp"]
+    return f"{parallel_table(found['rows'])}\n\n{machine(found)}"
 
 
 BLOCKS: Mapping[str, Callable[[Mapping[str, Results]], str]] = {
@@ -65,26 +79,56 @@ BLOCKS: Mapping[str, Callable[[Mapping[str, Results]], str]] = {
     "training steps": steps_table,
     "training shakespeare-quality": lambda measured: quality_block(measured, "shakespeare-quality"),
     "training gpt2-quality": lambda measured: quality_block(measured, "gpt2-quality"),
+    "training llama-1b-fsdp": parallel_block,
 }
 
 
 def curves_figure(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
-    """A matplotlib figure: validation losses of all seeds over steps, and their means."""
+    """A matplotlib figure: validation losses of all seeds over steps, and their means.
+
+    Curves of one height hide each other, so beside them stand the same less the mean of nanoGPT's (of the first
+    contender's where there is none), at the height that those after the first quarter need.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), dpi=160, layout="constrained")
-    axes = figure.subplots()
-    for name in dict.fromkeys(row["variant"] for row in rows):
-        curves = [row["curve"] for row in rows if row["variant"] == name]
-        for curve in curves:
-            axes.plot(*zip(*curve, strict=True), color=COLORS.get(name), alpha=0.25, linewidth=0.8)
-        steps = [step for step, _ in curves[0]]
-        means = [math.fsum(curve[i][1] for curve in curves) / len(curves) for i in range(len(steps))]
-        axes.plot(steps, means, color=COLORS.get(name), linewidth=1.8, label=f"{name}, mean of {len(curves)}")
-    axes.set_xlabel("steps")
-    axes.set_ylabel("validation loss, nats a token")
-    axes.set_title(title, loc="left", fontsize=10)
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.2)
+    figure = Figure(figsize=(9, 4), dpi=160, layout="constrained")
+    whole, difference = figure.subplots(1, 2, width_ratios=(1, 1.2))
+    by_name: dict[str, list[dict[int, float]]] = {}
+    for row in rows:
+        by_name.setdefault(row["variant"], []).append(dict(map(tuple, row["curve"])))
+    other = NANOGPT if NANOGPT in by_name else next(iter(by_name))
+    base = _mean(by_name[other])
+    for name, curves in by_name.items():
+        color, mean = COLORS.get(name), _mean(curves)
+        for axes, less in ((whole, {}), (difference, base)):
+            for curve in curves if len(curves) > 1 else ():
+                axes.plot(*_less(curve, less), color=color, alpha=0.4, linewidth=0.7)
+            label = f"{name}, mean of {len(curves)}" if len(curves) > 1 else f"{name}, one seed"
+            style = "-" if len(curves) > 1 else "--"
+            axes.plot(*_less(mean, less), style, color=color, linewidth=1.8, label=label)
+    whole.set_ylabel("validation loss, nats a token")
+    whole.set_title(title, loc="left", fontsize=10)
+    whole.legend(frameon=False, fontsize=8)
+    difference.set_title(f"less the mean of {other}", loc="left", fontsize=10)
+    late = [step for step in base if 4 * step >= max(base)]
+    every = [curve for curves in by_name.values() for curve in curves]
+    highest = max((abs(curve[step] - base[step]) for curve in every for step in late if step in curve), default=0.0)
+    if highest:
+        difference.set_ylim(-1.1 * highest, 1.1 * highest)
+    for axes in (whole, difference):
+        axes.set_xlabel("steps")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.2)
     return figure
+
+
+def _mean(curves: Sequence[Mapping[int, float]]) -> dict[int, float]:
+    """At the steps that all of them have."""
+    steps = [step for step in curves[0] if all(step in curve for curve in curves)]
+    return {step: math.fsum(curve[step] for curve in curves) / len(curves) for step in steps}
+
+
+def _less(curve: Mapping[int, float], base: Mapping[int, float]) -> tuple[list[int], list[float]]:
+    """Steps, and what a curve is above another there; all of it above an empty one."""
+    steps = [step for step in curve if not base or step in base]
+    return steps, [curve[step] - base.get(step, 0.0) for step in steps]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from preparations import Stopped, stopping_after
 
 from fusedlm.data.dataset import Dataset
 from fusedlm.data.documents import find_sources
@@ -151,3 +152,49 @@ def test_a_document_that_cannot_be_encoded_is_named(
     (tmp_path / "a.jsonl").write_text(f"{good}\n{line}\n")
     with pytest.raises(DataError, match=message):
         prepare(find_sources([tmp_path / "a.jsonl"]), tmp_path / "out", chat_tokenizer(), kind=kind)
+
+
+def test_a_share_of_the_documents(tmp_path: Path, small: BPETokenizer) -> None:
+    """Whole ones in their order, each in the split it has anyway; the rest of the settings is one dataset's."""
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"text": "story {i} ends here"}}\n' for i in range(2000)))
+    sources = find_sources([tmp_path / "rows.jsonl"])
+    prepare(sources, tmp_path / "all", small, val_fraction=0.2)
+    manifest = prepare(sources, tmp_path / "some", small, val_fraction=0.2, share=0.25)
+    sizes = []
+    for split in ("train", "val"):
+        every, some = ([tuple(d) for d in documents_of(tmp_path / folder, split)] for folder in ("all", "some"))
+        assert some == [document for document in every if document in set(some)]
+        sizes.append(len(some) / len(every))
+    assert sizes == pytest.approx([0.25, 0.25], abs=0.06)  # in both splits, for the two hashes are not one
+    assert manifest.left_out == 0
+    with pytest.raises(DataError, match=r"with share = 0.25, not 1.0"):
+        prepare(sources, tmp_path / "some", small, val_fraction=0.2)
+    with pytest.raises(ValueError, match=r"share is 0; expected more than 0, and at most 1"):
+        prepare(sources, tmp_path / "none", small, share=0)
+    (tmp_path / "text.txt").write_text("a text")
+    with pytest.raises(ValueError, match=r"share is 0.5, and the split end divides a single text"):
+        prepare(find_sources([tmp_path / "text.txt"]), tmp_path / "none", small, share=0.5)
+
+
+def test_a_share_of_long_documents_whatever_the_interruption(
+    tmp_path: Path, small: BPETokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A document in several pieces is taken whole or not at all, also where reading goes on within it."""
+    monkeypatch.setattr("fusedlm.data.files.PIECE", 40)
+    monkeypatch.setattr("fusedlm.data.pieces.PIECE", 40)
+    monkeypatch.setattr("fusedlm.data.chunks._CHUNK", 60)
+    texts = ["".join(f"line {i} of {j}\n" for j in range(20)) for i in range(60)]
+    (tmp_path / "long.txt").write_text("--".join(texts))
+    sources = find_sources([tmp_path / "long.txt"], separator="--")
+    prepare(sources, tmp_path / "whole", small, val_fraction=0.2, share=0.5)
+    kept = {tuple(d) for split in ("train", "val") for d in documents_of(tmp_path / "whole", split)}
+    assert 15 < len(kept) < 45
+    assert kept <= {(*small.encode(text), END) for text in texts}
+
+    with monkeypatch.context() as patch:
+        stopping_after(3, patch)
+        with pytest.raises(Stopped):
+            prepare(sources, tmp_path / "parts", small, val_fraction=0.2, share=0.5, commit_seconds=0)
+    prepare(sources, tmp_path / "parts", small, val_fraction=0.2, share=0.5)
+    for split in ("train", "val"):
+        assert tokens_of(tmp_path / "parts", split) == tokens_of(tmp_path / "whole", split)

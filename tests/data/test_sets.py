@@ -15,6 +15,7 @@ from fusedlm.data import sets
 from fusedlm.data.errors import DataError
 from fusedlm.data.files import TextFile
 from fusedlm.data.hub import HubDataset, pinned
+from fusedlm.data.packages import PackageModules
 from fusedlm.data.sets import NAMED_SETS, RemoteFile, fetch, python_library, sources_of
 
 CONTENT = b"Before we proceed any further, hear me speak.\n" * 2000
@@ -159,3 +160,47 @@ def test_a_library_that_is_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("x = 1\n")
     with pytest.raises(DataError, match=r"holds 6 bytes of Python's standard library; expected a megabyte or more"):
         python_library(tmp_path)
+
+
+def test_the_modules_of_installed_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packages = tmp_path / "site-packages"
+    folder = packages / "one" / "inner"
+    folder.mkdir(parents=True)
+    story = "x = 'é'\n" * 90_000
+    files = {
+        "one/__init__.py": b"y = 1\n" * 60_000,
+        "one/inner/b.py": story.encode(),
+        "one/inner/c.py": story.encode(),  # the same again
+        "one/inner/d.py": story.encode("latin-1"),  # not UTF-8
+        "one/inner/e.py": b"z\n" * 600_000,  # a table
+        "one/inner/f.py": b" \n",
+        "one/inner/g.txt": b"no module",
+        "two.py": b"print(2)\n",
+    }
+    for name, content in files.items():
+        (packages / name).write_bytes(content)
+    monkeypatch.setattr("sys.path", [str(tmp_path), str(packages), str(packages), str(tmp_path / "dist-packages")])
+    (source,) = sources_of("python-packages")
+    taken = ["one/__init__.py", "one/inner/b.py", "two.py"]
+    pieces = list(source.read())
+    whole: dict[str, str] = {}
+    for piece in pieces:
+        assert isinstance(piece.content, str)
+        whole[piece.where] = whole.get(piece.where, "") + piece.content
+    assert whole == {str(packages / name): files[name].decode() for name in taken}
+    assert pieces[-1].done == source.settings()["bytes"] == sum(len(files[name]) for name in taken)
+    last = [piece for piece in pieces if piece.last]
+    assert [piece.content for piece in source.read(last[1].place)] == ["print(2)\n"]
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    with pytest.raises(DataError, match=r"hold 0 bytes of modules \(looked in 0 folders"):
+        sources_of("python-packages")
+
+
+def test_packages_that_change_are_noticed(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("a = 1\n")
+    before = PackageModules(tmp_path).settings()
+    (tmp_path / "a.py").write_text("a = 2\n")
+    assert PackageModules(tmp_path).settings() == before | {"sha256": PackageModules(tmp_path).settings()["sha256"]}
+    assert PackageModules(tmp_path).settings()["sha256"] != before["sha256"]
+    (tmp_path / "a.py").rename(tmp_path / "b.py")
+    assert PackageModules(tmp_path).settings()["sha256"] != before["sha256"]

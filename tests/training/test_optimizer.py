@@ -1,6 +1,7 @@
 """Groups, schedules, and a step against torch's AdamW over one large batch."""
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from fusedlm.kernels import backend
 from fusedlm.models import PRESETS, DecoderModel, build_model
 from fusedlm.training.config import RunConfig, TrainingConfig, make_config
 from fusedlm.training.muon import Muon, orthogonalized
@@ -109,6 +111,22 @@ def test_muon_takes_the_blocks_matrices_and_learns(name: str) -> None:
     optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert int(optimizer.skipped) == 1
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_capture_finds_a_place_for_its_tables(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table that dies with a call is refused while a graph is captured. Here the capture is pretended."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = model_of().to(device)
+    made = Optimizer(model, TrainingConfig(optimizer=optimizer), pure=False)  # type: ignore[arg-type]
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 1e-3)
+    before = [p.detach().clone() for p in model.parameters()]
+    monkeypatch.setattr(sys.modules["fusedlm.kernels.adamw.workspace"], "_capturing", lambda device: True)
+    with backend("triton"):
+        made.step()
+    assert float(made.norm) == pytest.approx(1e-3 * math.sqrt(sum(p.numel() for p in model.parameters())), rel=1e-5)
+    assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
 def test_muon_is_torchs() -> None:

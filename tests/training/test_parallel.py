@@ -1,6 +1,7 @@
 """FSDP2 with two gloo processes on the CPU: what one process computes, two do, and each goes on where the other was."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
@@ -60,11 +62,50 @@ def test_two_processes_are_one(two: Path, run: Callable[..., Any], name: str, tm
     assert {"__0_0.distcp", "__1_0.distcp", ".metadata"} <= manifest["files"].keys()
 
 
+def test_weights_are_gathered_no_more_often_than_they_must(two: Path) -> None:
+    """Before each block's forward and backward pass; what backward begins with stays, and so does what no block has."""
+    blocks = 2
+    assert told(two / "stage 3")["gathers"] == 1 + blocks + (blocks - 1)
+    assert told(two / "stage 2")["gathers"] == 2 * (1 + blocks)  # of each micro-batch, for they let go after it
+
+
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_two_hundred_steps(device: str, configure: Callable[..., Any], heard_of: Any, tmp_path: Path) -> None:
+    """Two processes, each with half of every batch, give one's losses; what they saved half way, one goes on with."""
+    from fusedlm.training.run import train
+
+    settings = ["training.steps=200", "training.precision=fp32", "training.lr=3e-3", "checkpoints.interval=100"]
+    settings += ["model.width=64", "training.batch_size=8"]
+    stages = {f"reshard {again}": [f"parallel.reshard_after_forward={again}"] for again in ("true", "false")}
+    specs = []
+    for name, more in stages.items():
+        sections = configure(*settings, *more).model_dump(exclude_none=True)
+        specs.append({"folder": str(tmp_path / name), "overrides": [], "sections": sections, "device": device})
+    done = torchrun(specs)
+    assert done.returncode == 0, done.stderr[-5000:]
+    one = heard_of()
+    train(configure(*settings), tmp_path / "one", device=device, observers=[one])
+    assert one.losses[-1] < one.losses[0] - 1
+    for name in stages:
+        losses = told(tmp_path / name)["losses"]
+        assert len(losses) == 200
+        assert losses == pytest.approx(one.losses, abs=1e-3), name
+        shutil.rmtree(tmp_path / name / "checkpoints" / "step-00000200")
+        resumed = heard_of()
+        train(configure(*settings), tmp_path / name, device=device, resume=True, observers=[resumed])
+        assert resumed.began == [100]
+        assert resumed.losses == pytest.approx(losses[100:], abs=1e-3)
+
+
 def test_a_checkpoint_goes_on_with_another_number_of_processes(
     two: Path, run: Callable[..., Any], tmp_path: Path, dataset_folder: Path
 ) -> None:
-    import shutil
-
     from tests.training.conftest import TINY
 
     whole, _ = run("whole")

@@ -1,18 +1,31 @@
 """Runs for tests/training/test_parallel.py, under torchrun: python -m torch.distributed.run ... two_processes.py SPEC
 
-SPEC: JSON, a list of runs: {"folder", "resume", "overrides", "sections"}. The first rank writes losses beside each.
+SPEC: JSON, a list of runs: {"folder", "resume", "overrides", "sections", "device"}. The first rank writes losses beside
+each, and how often weights were gathered in the last step.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedlm.training.config import make_config
 from fusedlm.training.judge import TrainingError
 from fusedlm.training.run import train
+
+
+class Gathers(TorchDispatchMode):
+    """Counts the all-gathers inside."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += str(func).startswith("c10d._allgather")
+        return func(*args, **(kwargs or {}))
 
 
 class Losses:
@@ -20,6 +33,18 @@ class Losses:
         self.path = path
         self.losses: list[float] = []
         self.said: list[str] = []
+        self.gathers = 0
+
+    def begin(self, trainer: Any, done: int) -> None:
+        step = trainer.step.backward
+
+        def counted(batches: Any) -> torch.Tensor:
+            with Gathers() as seen:
+                result = step(batches)
+            self.gathers = seen.count
+            return result
+
+        trainer.step.backward = counted
 
     def record(self, record: Any) -> None:
         if record.loss is not None:
@@ -31,7 +56,7 @@ class Losses:
         self.said.append(text)
 
     def end(self) -> None:
-        self.path.write_text(json.dumps({"losses": self.losses, "said": self.said}))
+        self.path.write_text(json.dumps({"losses": self.losses, "said": self.said, "gathers": self.gathers}))
 
     def __getattr__(self, name: str) -> Any:
         return lambda *given: None
@@ -39,12 +64,17 @@ class Losses:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")  # once for all runs
-    for spec in json.loads(sys.argv[1]):
+    specs = json.loads(sys.argv[1])
+    devices = {spec.get("device", "cpu") for spec in specs}
+    if "cuda" in devices:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in devices else "gloo")  # once for all runs
+    for spec in specs:
         config = make_config(None, None, spec["overrides"], **spec["sections"])
         folder = Path(spec["folder"])
         losses = Losses(folder.with_name(f"{folder.name}.json"))
         try:
-            train(config, folder, resume=spec.get("resume", False), device="cpu", observers=[losses])
+            device = spec.get("device", "cpu")
+            train(config, folder, resume=spec.get("resume", False), device=device, observers=[losses])
         except TrainingError as error:  # on every rank, so that the next run can begin
             folder.with_name(f"{folder.name}.error").write_text(str(error))

@@ -32,7 +32,7 @@ def prepare(
         list[str],
         typer.Argument(
             help="Files and folders (text, JSONL, parquet; .gz), hf:owner/name for a dataset of the Hub, or one of "
-            "python, tinyshakespeare, tinystories, openwebtext, fineweb-edu.",
+            "python, python-packages, tinyshakespeare, tinystories, openwebtext, fineweb-edu.",
             show_default=False,
         ),
     ],
@@ -57,6 +57,7 @@ def prepare(
         Literal["auto", "end", "documents"],
         typer.Option(help="Take val from the end of a single text, or take whole documents."),
     ] = "auto",
+    share: Annotated[float, typer.Option(help="How many of the documents to take, chosen by a hash.")] = 1.0,
     chat: Annotated[
         bool, typer.Option("--chat", help="Documents are chats, lists of messages; answers alone are trained on.")
     ] = False,
@@ -110,6 +111,7 @@ def prepare(
             kind="chat" if chat else "text",
             val_fraction=val_fraction,
             split=split,
+            share=share,
             shard_tokens=shard_tokens,
             workers=workers,
             overwrite=overwrite,

@@ -33,13 +33,18 @@ class Chunk:
 
 
 def chunks_of(
-    sources: Sequence[Source], sizes: Sequence[int | None], place: Mapping[str, Any], val_fraction: float
+    sources: Sequence[Source],
+    sizes: Sequence[int | None],
+    place: Mapping[str, Any],
+    val_fraction: float,
+    share: float = 1.0,
 ) -> Iterator[Chunk]:
     """The chunks behind a place, in order. sizes: of the sources in bytes, where known. Raises DataError.
 
-    val_fraction: of the documents, for "val", where a source has no split of its own.
+    val_fraction: of the documents, for "val", where a source has no split of its own. share: of all documents, those to
+    take.
     """
-    split = place["split"]  # of the document that is open
+    split = place["split"]  # of the document that is open, None of one that is not taken
     before = 0
     for index, source in enumerate(sources):
         if index < place["source"]:
@@ -50,8 +55,10 @@ def chunks_of(
         characters = done = 0
         for piece in source.read(at):
             if piece.first:
-                split = source.split or _split_of(piece.content, val_fraction)
-            jobs.append(Job(piece, split, source.ends))
+                split = source.split or ("val" if _among(piece.content, val_fraction, b"") else "train")
+                split = split if share == 1 or _among(piece.content, share, b"share") else None
+            if split is not None:
+                jobs.append(Job(piece, split, source.ends))
             characters += len(piece.content) if isinstance(piece.content, str) else _characters(piece.content)
             done = max(done, piece.done)
             if characters >= _CHUNK and piece.place is not None:
@@ -65,11 +72,11 @@ def _characters(messages: list[Any]) -> int:
     return sum(len(str(message)) for message in messages)
 
 
-def _split_of(content: Content, val_fraction: float) -> str:
-    """Where a document goes: by a hash of its content (of a long one, of its first piece)."""
+def _among(content: Content, share: float, question: bytes) -> bool:
+    """Whether a document is among a share of all, by a hash of its content (of a long one, of its first piece)."""
     text = content if isinstance(content, str) else json.dumps(content, sort_keys=True, ensure_ascii=False)
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return "val" if int.from_bytes(digest, "little") < val_fraction * 2**64 else "train"
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, person=question).digest()
+    return int.from_bytes(digest, "little") < share * 2**64
 
 
 @contextmanager

@@ -70,6 +70,7 @@ def prepare(
     kind: Kind = "text",
     val_fraction: float | None = None,
     split: Split = "auto",
+    share: float = 1.0,
     shard_tokens: int = SHARD_TOKENS,
     workers: int | None = None,
     overwrite: bool = False,
@@ -83,7 +84,8 @@ def prepare(
     val_fraction: how much goes to "val"; by default 0.1 for "end", 0.01 for "documents", and none where a source has
     a split of its own. split: "end" takes it from the end of a single text, which then is no document with an
     end token; "documents" takes whole ones, by a hash of their content, so that equal ones stay together; "auto" is
-    "end" for one text file without a separator. shard_tokens: of a shard. workers: processes; by default one a core,
+    "end" for one text file without a separator. share: how many of the documents to take, by another hash, 1 for all.
+    shard_tokens: of a shard. workers: processes; by default one a core,
     and none beside this one for a few megabytes. overwrite: delete the dataset that the folder holds first.
     progress: called now and then. commit_seconds: how much work an interruption may cost.
 
@@ -93,7 +95,7 @@ def prepare(
     folder = Path(folder)
     if workers is not None and workers < 0:
         raise ValueError(f"workers is {workers}; expected 0 (none beside this process) or more")
-    sources, settings = settle(sources, tokenizer, kind, val_fraction, split, shard_tokens)
+    sources, settings = settle(sources, tokenizer, kind, val_fraction, split, shard_tokens, share)
     try:
         require_ours(folder)
         with only_process(folder):
@@ -160,7 +162,8 @@ def _make(
 
     committed = shown = time.monotonic()
     try:
-        chunks = chunks_of(sources, sizes, state["place"] if state else BEGINNING, settings["val_fraction"])
+        place = state["place"] if state else BEGINNING
+        chunks = chunks_of(sources, sizes, place, settings["val_fraction"], settings["share"])
         with encoded(chunks, encoder, folder / TOKENIZER_FOLDER, kind, workers) as results:
             for chunk, tokens in results:
                 for name, part in tokens.items():

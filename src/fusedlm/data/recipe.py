@@ -35,12 +35,15 @@ def settle(
     val_fraction: float | None,
     split: Split,
     shard_tokens: int,
+    share: float,
 ) -> tuple[list[Source], dict[str, Any]]:
     """The sources with "end" carried out, and the settings with nothing left to defaults.
 
     Raises ValueError for arguments that make no sense; they are those of `prepare.prepare`.
     """
     _check(sources, tokenizer, kind, val_fraction, split, shard_tokens)
+    if not 0 < share <= 1:
+        raise ValueError(f"share is {share}; expected more than 0, and at most 1")
     single = sources[0] if len(sources) == 1 else None
     one_text = single if isinstance(single, TextFile) and single.separator is None else None
     divided = [source for source in sources if source.split is None]
@@ -49,6 +52,8 @@ def settle(
     if val_fraction is None:
         val_fraction = 0.1 if split == "end" else 0.01 if len(divided) == len(sources) else 0.0
     settled = list(sources)
+    if split == "end" and share < 1:
+        raise ValueError(f"share is {share}, and the split end divides a single text; expected whole documents")
     if split == "end":
         if one_text is None or one_text.split is not None:
             raise ValueError("split is end, which divides a single text file without a separator; expected documents")
@@ -65,6 +70,7 @@ def settle(
         "split": split,
         "val_fraction": val_fraction,
         "shard_tokens": shard_tokens,
+        "share": share,
         "tokenizer": CHARACTERS if isinstance(tokenizer, str) else "given",
         "chat_template": None if template is None else hashlib.sha256(template.encode()).hexdigest(),
     }
@@ -143,9 +149,10 @@ def asked_again(
 
 def _require_same(folder: Path, before: Recipe, now: Recipe, what: str) -> None:
     again = "choose another folder, or start again with --overwrite"
+    were = {"share": 1.0, **before.settings}  # there was none at first
     for name, value in now.settings.items():
-        if before.settings.get(name) != value:
-            raise DataError(f"{folder} {what} with {name} = {before.settings.get(name)!r}, not {value!r}; {again}")
+        if were.get(name) != value:
+            raise DataError(f"{folder} {what} with {name} = {were.get(name)!r}, not {value!r}; {again}")
     if before.tokenizer != now.tokenizer:
         raise DataError(
             f"{folder} {what} with another tokenizer (fingerprint {before.tokenizer[:12]}..., "

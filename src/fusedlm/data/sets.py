@@ -1,6 +1,7 @@
 """The sets that have a name: where each comes from, and how it is usually prepared."""
 
 import secrets
+import sys
 import sysconfig
 import urllib.error
 import urllib.request
@@ -11,6 +12,7 @@ from difflib import get_close_matches
 from http.client import HTTPException
 from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 
 from fusedlm.checkpoint.downloads import file_sha256, full_disk, is_full_disk, require_space
 from fusedlm.checkpoint.sources import default_cache_dir
@@ -18,6 +20,7 @@ from fusedlm.data.documents import Source
 from fusedlm.data.errors import DataError
 from fusedlm.data.files import TextFile
 from fusedlm.data.hub import HubDataset, pinned
+from fusedlm.data.packages import PackageModules
 
 _ANSWER_SECONDS = 10.0
 
@@ -38,20 +41,23 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class NamedSet:
-    """about: in a line. origin: None is Python's standard library. val_fraction: 0 where it has a validation split.
-
-    characters: whether it is for a tokenizer of characters.
+    """about: in a line. origin: a file to download, datasets of the Hub, or, on this machine, Python's standard library
+    or its packages. val_fraction: 0 where it has a validation split. characters: whether it is for a tokenizer of
+    characters.
     """
 
     about: str
-    origin: RemoteFile | Sequence[HubDataset] | None
+    origin: RemoteFile | Sequence[HubDataset] | Literal["library", "packages"]
     val_fraction: float
     characters: bool = False
 
 
 NAMED_SETS: Mapping[str, NamedSet] = MappingProxyType(
     {
-        "python": NamedSet("modules of Python's standard library, from this machine, 4 MB", None, 0.1, characters=True),
+        "python": NamedSet(
+            "modules of Python's standard library, from this machine, 4 MB", "library", 0.1, characters=True
+        ),
+        "python-packages": NamedSet("modules of the packages installed on this machine", "packages", 0.01),
         "tinyshakespeare": NamedSet(
             "40,000 lines of Shakespeare, 1.1 MB",
             RemoteFile(
@@ -110,8 +116,8 @@ def sources_of(
     origin = named_set(name).origin
     if file is not None and not isinstance(origin, RemoteFile):
         raise ValueError(f"a file, {file}, is given for {name}, which is not one file; prepare the file by its path")
-    if origin is None:
-        return python_library()
+    if isinstance(origin, str):
+        return python_library() if origin == "library" else installed_packages()
     if isinstance(origin, RemoteFile):
         if file is not None:
             _require(origin, file, "give the right file, or none to download it")
@@ -143,6 +149,22 @@ def python_library(folder: Path | None = None) -> list[Source]:
             "your own"
         )
     return found
+
+
+def installed_packages() -> list[Source]:
+    """The modules of all packages that this Python finds where packages are installed, a file a document.
+
+    What is in them depends on the packages. Raises DataError where they are less than a megabyte.
+    """
+    folders = [path for path in map(Path, dict.fromkeys(sys.path)) if path.name in ("site-packages", "dist-packages")]
+    found = [PackageModules(folder) for folder in folders if folder.is_dir()]
+    size = sum(source.settings()["bytes"] for source in found)
+    if size < 1_000_000:
+        raise DataError(
+            f"the packages of this Python hold {size:,} bytes of modules (looked in {len(found)} folders on sys.path); "
+            "expected a megabyte or more. Give a text of your own"
+        )
+    return list(found)
 
 
 def fetch(remote: RemoteFile, cache_dir: Path, *, offline: bool = False) -> Path:

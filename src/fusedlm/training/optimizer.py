@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusedlm.kernels import AdamW, global_norm
+from fusedlm.kernels import AdamW, Workspace, global_norm
 from fusedlm.training.config import TrainingConfig
 from fusedlm.training.muon import Muon, is_for_muon
 
@@ -47,6 +47,7 @@ class Optimizer:
             state_dtype=state_dtype,
         )
         self.muon = None
+        self._workspace = Workspace()  # of the norm over both optimizers' gradients; a captured step reads its tables
         if matrices:
             self.muon = Muon(
                 [(self._names[p], p) for p in matrices],
@@ -84,7 +85,8 @@ class Optimizer:
     def step(self) -> None:
         if self.muon is not None:
             # One norm for both; where it is no number, a gradient of AdamW's says so too, and it skips and counts.
-            self._total = global_norm([p.grad for p in self._names if p.grad is not None])
+            grads = [p.grad for p in self._names if p.grad is not None]
+            self._total = global_norm(grads, workspace=self._workspace)
             first = next(p.grad for group in self.adamw.param_groups for p in group["params"] if p.grad is not None)
             nothing = torch.where(self._total.isfinite(), 0.0, torch.nan).to(first.dtype)
             first.add_(nothing)

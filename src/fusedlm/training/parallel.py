@@ -31,12 +31,16 @@ def shard(model: DecoderModel, parallel: ParallelConfig, ranks: Ranks) -> None:
         mesh = init_device_mesh(kind, (ranks.size,), mesh_dim_names=("shard",))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if parallel.reduce_dtype == "fp32" else None)
     options = {"mesh": mesh, "mp_policy": policy}
-    for block in model.blocks:
-        fully_shard(block, reshard_after_forward=parallel.reshard_after_forward, **options)  # type: ignore[call-overload]
+    last = len(model.blocks) - 1
+    for number, block in enumerate(model.blocks):
+        # The backward pass begins with the last block: let go, it would be gathered again at once, with nothing to do
+        # meanwhile.
+        reshard = parallel.reshard_after_forward and number < last
+        fully_shard(block, reshard_after_forward=reshard, **options)  # type: ignore[call-overload]
     # What is outside of blocks is needed first and last: it stays.
     fully_shard(model, reshard_after_forward=False, **options)  # type: ignore[call-overload]
-    for method in ("loss", "hidden_states"):
-        register_fsdp_forward_method(model, method)
+    # The one method that training calls. Of two inside each other the order of backward's gathering comes out wrong.
+    register_fsdp_forward_method(model, "loss")
 
 
 @torch.no_grad()

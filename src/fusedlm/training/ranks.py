@@ -84,6 +84,9 @@ def join_ranks(device: str = "auto") -> Iterator[Ranks]:
     try:
         groups += [dist.new_group(backend="gloo") for _ in range(2)]
         yield Ranks(dist.get_rank(), dist.get_world_size(), place, *groups)
+        # Together: torchrun ends all processes when one has failed, and one that exits right behind a collective can
+        # crash, for gloo's threads then ask a Python that is gone to let go of tensors.
+        dist.barrier(group=groups[0])
     finally:
         if ours:
             dist.destroy_process_group()
