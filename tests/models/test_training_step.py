@@ -4,8 +4,13 @@ The truth is torch in float64, written out here where the model has fused it. On
 """
 
 import copy
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -169,6 +174,24 @@ def compilations() -> Iterator[list[str]]:
         yield names
     finally:
         triton.knobs.runtime.jit_cache_hook = before
+
+
+@pytest.mark.parametrize("preset", ["tiny-gpt2", "tiny-llama"])
+def test_new_shapes_have_no_code_of_their_own(preset: str) -> None:
+    """Without a GPU, from what is launched: of our attention too, whose tiles are of 32 and 64 tokens."""
+    pytest.importorskip("triton", reason="the kernels need Triton")
+    script = Path(__file__).with_name("code_on_meta.py")
+    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+    def new_code(known: list[tuple[int, int]], later: list[tuple[int, int]]) -> Any:
+        command = [sys.executable, str(script), preset, json.dumps(known), json.dumps(later)]
+        done = subprocess.run(command, capture_output=True, text=True, env=plain)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout)
+
+    known = [(4, 32), (3, 31), (4, 48), (4, 64)]
+    assert new_code(known, [(8, 64), (5, 33), (7, 80), (6, 57), (2, 3)]) == []
+    assert new_code([(4, 32)], [(3, 31)]) != [], "numbers that 16 divides have code of their own"
 
 
 @needs_gpu

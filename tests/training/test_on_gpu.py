@@ -90,8 +90,8 @@ def test_a_graph_reads_its_batch_and_its_learning_rate(on_gpu: Callable[..., Any
         assert got == pytest.approx(want, abs=1e-5)
         assert all(torch.equal(p, w) for p, w in zip(trainer.model.parameters(), weights, strict=True))
         trainer.optimizer.schedule(1.0)
-        step([batch := trainer.loader.batch(7).to("cuda")])
-        assert float(trainer.forward(batch)) < float(step([batch])[0])
+        before = float(step([batch := trainer.loader.batch(7).to("cuda")])[0])
+        assert float(trainer.forward(batch)) < before
         assert not any(torch.equal(p, w) for p, w in zip(trainer.model.parameters(), weights, strict=True))
 
 
@@ -135,7 +135,8 @@ sections["checkpoints"] = {{"interval": 10}}
 config = make_config(None, None, (), **sections, data={{"sources": [{str(dataset_folder)!r}]}})
 train(config, sys.argv[1], resume=len(sys.argv) > 2, device="cuda")
 """
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]  # of kills, and of fusedlm
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
     def start(*arguments: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment)

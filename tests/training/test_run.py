@@ -34,7 +34,7 @@ def test_a_run_learns_and_leaves_a_model(run: Callable[..., Any], tmp_path: Path
     assert (folder / "metrics.csv").read_text().splitlines()[0] == ",".join(COLUMNS)
     assert read_run(folder) == heard.trainer.config
 
-    model = fusedlm.load(folder)
+    model = fusedlm.load(folder, device="cpu")
     total = count = 0.0
     for batch in Evaluation(Dataset(dataset_folder), batch_size=4, context=16):
         losses = torch.nn.functional.cross_entropy(

@@ -36,7 +36,7 @@ def _column_sums_kernel(x_ptr, sums_ptr, x_stride, M, N, rows, BLOCK_M: tl.const
     tl.store(sums_ptr + tl.cast(part, tl.int64) * N + cols, tl.sum(total, 0), mask=cols < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def _sum_rows_kernel(p_ptr, out_ptr, P, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
     # Program (i, j) adds up BLOCK_N columns of the j-th (P, N) table.
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -51,17 +51,16 @@ def _sum_rows_kernel(p_ptr, out_ptr, P, N: tl.constexpr, BLOCK_P: tl.constexpr, 
     tl.store(out_ptr + cols, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _sum_config(P: int) -> dict[str, int]:
-    """Tiles of 1,024 numbers: at full size 64 rows of 64 bytes, so that there are many programs."""
-    block = min(triton.next_power_of_2(P), 64)
-    return {"BLOCK_P": block, "BLOCK_N": 1024 // block, "num_warps": 4}
+# 64 rows of 64 bytes, so that there are many programs. For every P the same, which changes with the number of tokens:
+# another shape compiles nothing.
+_SUM_TILE = {"BLOCK_P": 64, "BLOCK_N": 16, "num_warps": 4}
 
 
 def sum_partials(partial: Tensor, dtype: torch.dtype) -> Tensor:
     """(n, N) in dtype: the sums over P of (n, P, N) fp32, in a fixed order."""
     n, P, N = partial.shape
     sums = torch.empty((n, N), dtype=dtype, device=partial.device)
-    config = {"N": N, **_sum_config(P)}
+    config = {"N": N, **_SUM_TILE}
     launch(_sum_rows_kernel, (triton.cdiv(N, config["BLOCK_N"]), n, 1), dtype, (partial, sums), (P,), config)
     return sums
 

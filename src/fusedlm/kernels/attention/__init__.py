@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fusedlm.kernels._backend import forced, use_triton
 from fusedlm.kernels._launch import capability
@@ -24,7 +25,7 @@ from fusedlm.kernels._philox import drop_threshold, dropout_seed, keep_tile_ref
 from fusedlm.kernels.attention.heads import heads_side_by_side, split_heads
 from fusedlm.kernels.attention.launches import Setting, backward, forward, tokens_outside
 
-__all__ = ["attention", "attention_ref", "split_heads"]
+__all__ = ["attention", "attention_ref", "split_heads", "torch_attention"]
 
 MAX_D = 256
 
@@ -88,6 +89,32 @@ def _dropped_ref(
     keep = keep_tile_ref(seed, stream, B * H, T, S, threshold).view(B, H, T, S)
     weights = torch.where(keep, scores.softmax(-1).nan_to_num(0.0) * factor, 0.0)
     return (weights.to(v.dtype) @ v).to(q.dtype)
+
+
+def torch_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """`attention_ref` for any memory and any size: torch's kernels for GPUs fail at some, and do not look.
+
+    They read 16 bytes at once: what is laid out otherwise, an incoming gradient too, ends with "misaligned address",
+    after which the process can use no GPU; here it is copied. And of an empty batch cuDNN's makes no tensor at all.
+    """
+    if torch.compiler.is_compiling():  # the compiler aligns what it gives to torch's kernels
+        return attention_ref(q, k, v, **options)
+    if not q.numel() or not k.numel():
+        with sdpa_kernel(SDPBackend.MATH):
+            return attention_ref(q, k, v, **options)
+    o = attention_ref(_aligned(q), _aligned(k), _aligned(v), **options)
+    if o.requires_grad:
+        o.register_hook(_aligned)
+    return o
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """t, or a copy where a row does not begin at a multiple of 16 bytes. (Rows of other lengths torch itself pads.)"""
+    rows = [stride for n, stride in zip(t.shape[:3], t.stride()[:3], strict=True) if n > 1]
+    length = t.shape[3] * t.itemsize
+    if length % 16 or not (t.data_ptr() % 16 or any(stride * t.itemsize % 16 for stride in rows)):
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
 
 
 def _fake_attention(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -206,7 +233,8 @@ def attention(
         q, scale = q * scale, 1.0
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if not use_triton(q) or _torchs_is_faster(q, k, seed, cu_seqlens, trains):
-        return attention_ref(
+        theirs = torch_attention if q.is_cuda else attention_ref
+        return theirs(
             q, k, v, causal=causal, offset=offset, scale=scale, cu_seqlens=cu_seqlens, dropout_p=dropout_p, seed=seed,
             stream=stream,
         )  # fmt: skip

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from fusedlm.kernels import backend
-from fusedlm.kernels.attention import attention, attention_ref
+from fusedlm.kernels.attention import attention, torch_attention
 from fusedlm.testing.cases.dropout import seed_input
 from fusedlm.testing.contract import Inputs, OpCase, Shape, randn
 
@@ -26,7 +26,7 @@ def _inputs(shape: Shape, g: torch.Generator | None) -> Inputs:
 
 
 def _reference(offset: Any, **inputs: Any) -> torch.Tensor:
-    return attention_ref(**inputs, offset=offset, scale=inputs["q"].shape[3] ** -0.5)
+    return torch_attention(**inputs, offset=offset, scale=inputs["q"].shape[3] ** -0.5)
 
 
 def _ours(**inputs: Any) -> torch.Tensor:
