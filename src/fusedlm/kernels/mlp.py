@@ -20,11 +20,15 @@ from fusedlm.kernels._columns import column_sums
 from fusedlm.kernels._launch import rows
 from fusedlm.kernels._operator import operator
 from fusedlm.kernels.gelu import gelu, gelu_backward_and_sums, gelu_ref
-from fusedlm.kernels.linear import products_backward
+from fusedlm.kernels.linear import linear, products_backward
 from fusedlm.kernels.linear.launches import Product, kernel_for, product
 from fusedlm.kernels.swiglu import swiglu, swiglu_backward, swiglu_ref
 
 MLPActivation = Literal["gelu", "gelu_tanh", "swiglu"]
+
+
+def _activation_ref(h: Tensor, activation: str) -> Tensor:
+    return swiglu_ref(h) if activation == "swiglu" else gelu_ref(h, "tanh" if activation == "gelu_tanh" else "none")
 
 
 def mlp_ref(
@@ -35,9 +39,7 @@ def mlp_ref(
     down_bias: Tensor | None,
     activation: MLPActivation,
 ) -> Tensor:
-    h = F.linear(x, up, up_bias)
-    act = swiglu_ref(h) if activation == "swiglu" else gelu_ref(h, "tanh" if activation == "gelu_tanh" else "none")
-    return F.linear(act, down, down_bias)
+    return F.linear(_activation_ref(F.linear(x, up, up_bias), activation), down, down_bias)
 
 
 def _fake_up(x: Tensor, up: Tensor, up_bias: Tensor | None, activation: str, keep: bool) -> tuple[Tensor, Tensor]:
@@ -73,6 +75,12 @@ def _mlp_down_backward(
         what = Product("dswiglu" if gated else "dgelu", tanh, keep=True, totals=sums)
         dh, act, total = product(dy, down.T, None, h, what)
         assert act is not None
+    elif not use_triton(h):
+        with torch.enable_grad():
+            leaf = h.detach().requires_grad_()
+            act = _activation_ref(leaf, activation)
+            (dh,) = torch.autograd.grad(act, leaf, dy @ down)
+        act, total = act.detach(), dh.sum(0) if sums else None
     elif gated:
         dh, act, total = swiglu_backward(dy @ down, h, None)[0], swiglu(h), None
     else:
@@ -104,8 +112,8 @@ class _MLP(torch.autograd.Function):
         needs, dy2 = ctx.needs_input_grad, rows(dy)
         dh, act, dup_bias = _mlp_down_backward(dy2, down, h, ctx.activation, needs[2])
         ddown = dy2.T @ act if needs[3] else None
-        del act, h
-        ddown_bias = column_sums(dy2) if needs[4] else None
+        del act
+        ddown_bias = (column_sums(dy2) if use_triton(dy2) else dy2.sum(0)) if needs[4] else None
         dx, dup = products_backward(dh, x, up, needs[:2])
         return dx, dup, dup_bias if needs[2] else None, ddown, ddown_bias, None
 
@@ -117,19 +125,29 @@ def mlp(
     down: Tensor,
     down_bias: Tensor | None = None,
     activation: MLPActivation = "gelu_tanh",
+    *,
+    recompute: bool | None = None,
 ) -> Tensor:
-    """act(x @ up^T + up_bias) @ down^T + down_bias, of which the backward pass keeps x and the sums before act alone.
+    """act(x @ up^T + up_bias) @ down^T + down_bias.
 
     x: (..., K), up: (F, K), down: (N, F). activation: "gelu", exact, "gelu_tanh", or "swiglu", whose up is (2F, K),
     gate and then up, without a bias (Shazeer 2020). One dtype; weights may lie in memory transposed. Returns (..., N).
+    recompute: whether the backward pass computes what act gives anew and does not keep it; by default on a GPU, where
+    a product does so in passing.
     Raises ValueError for shapes that do not fit, another activation, or a bias with "swiglu".
     """
     _check(x, up, up_bias, down, down_bias, activation)
-    if not use_triton(x) or not x.numel():
-        return mlp_ref(x, up, up_bias, down, down_bias, activation)
+    if recompute is None:
+        recompute = use_triton(x)
     tensors = (x, up, up_bias, down, down_bias)
+    if not x.numel():
+        return mlp_ref(*tensors, activation)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _MLP.apply(*tensors, activation)
+        if recompute:
+            return _MLP.apply(*tensors, activation)
+        h = linear(x, up, up_bias)
+        act = swiglu(h) if activation == "swiglu" else gelu(h, "tanh" if activation == "gelu_tanh" else "none")
+        return linear(act, down, down_bias)
     act = _mlp_up(x.reshape(-1, x.shape[-1]), up, up_bias, activation, False)[0]
     return F.linear(act, down, down_bias).view(*x.shape[:-1], -1)
 

@@ -12,13 +12,14 @@ from fusedlm.models.layers import Attention, Block, Cache, Linear, add_norm
 class GatedMLP(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
+        self.recompute: bool | None = None  # see `mlp`
         self.gate_up = Linear(config.width, 2 * config.mlp_width, bias=False)
         self.activation = SwiGLU()
         self.down = Linear(config.mlp_width, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.gate_up, Linear) and isinstance(self.down, Linear):
-            return mlp(x, self.gate_up.weight, None, self.down.weight, activation="swiglu")
+            return mlp(x, self.gate_up.weight, None, self.down.weight, activation="swiglu", recompute=self.recompute)
         return self.down(self.activation(self.gate_up(x)))  # (B, T, 2F) to (B, T, F)
 
 

@@ -110,10 +110,10 @@ class _Step:
         kept["stats2"] = self.residual(self.stats)
         self.ledger.give(a)
         kept["up"] = self.mlp(self.up)
-        self.drop(kept, "y2")
-        kept["act"] = self.input("mlp", self.act)
+        act = self.input("mlp", self.act)
         y = self.residual(self.x)
-        self.drop(kept, "act")
+        self.ledger.give(act)
+        self.drop(kept, "y2")
         return kept, y
 
     def drop(self, kept: dict[str, Held], name: str) -> None:
@@ -149,6 +149,13 @@ class _Step:
             parts = max(8 * self.gpu.sms // blocks, 1)
             self.ledger.give(self.ledger.take("workspace", min(parts, self.M / 8) * N * 4))
 
+    def activation_sums(self) -> None:
+        """Of the biases before GELU: partial sums of the product that makes their gradient; see kernels/linear."""
+        if self.gpu.capability != (9, 0) or self.e != 2:
+            self.bias_sums(self.layer.up[0])
+        elif self.gpt2:
+            self.ledger.give(self.ledger.take("workspace", 4 * -(-self.M // 256) * self.layer.up[0] * 4))
+
     def divide(self) -> None:
         """FSDP: of gradients that are whole, and summed over GPUs, each keeps its part."""
         for held in self.whole:
@@ -173,20 +180,16 @@ class _Step:
     def block_backward(self, kept: dict[str, Held], dr: Held, dx: Held | None, first: bool) -> tuple[Held, Held | None]:
         """dr: the gradient of the residual stream behind the block. dx: of the block's output, where it is another."""
         give, layer = self.ledger.give, self.layer
-        if "act" not in kept:
-            kept["act"] = self.input("mlp", self.act)
-        dact = self.mlp(self.act)
-        self.gradient(layer.size(layer.down))
-        self.bias_sums(layer.down[0])
-        give(dx, kept["act"])
-        dup = self.mlp(self.up)
-        self.bias_sums(layer.up[0])
-        give(dact, kept["up"])
         if "y2" not in kept:
             kept["y2"] = self.input("residual", self.x)
+        dup, act = self.mlp(self.up), self.input("mlp", self.act)  # or the gradient of act, where no kernel has both
+        self.activation_sums()
+        self.gradient(layer.size(layer.down))
+        give(act)
+        self.bias_sums(layer.down[0])
         dy = self.residual(self.x)
         self.gradient(layer.size(layer.up))
-        give(dup, kept["y2"])
+        give(dx, dup, kept["up"], kept["y2"])
         dr, dx = self.norm_backward(dy, dr, kept["s2"], kept["stats2"], self.training.dropout)
 
         do = self.attention(self.q)

@@ -2,7 +2,8 @@
 
 "cheap": norms, GELU and SwiGLU. Their outputs are what the products behind them keep; what they are computed from is
 kept anyway (the residual stream, and the products before the activations), so they cost a pass over memory each and no
-product. "blocks" (Chen et al. 2016): of each block only its inputs are kept, and its forward pass runs twice.
+product. Activations are not kept on a GPU in any mode: `mlp` makes them anew in passing. "blocks" (Chen et al. 2016):
+of each block only its inputs are kept, and its forward pass runs twice.
 """
 
 import weakref
@@ -16,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fusedlm.kernels import GELU, LayerNorm, RMSNorm, SwiGLU
 from fusedlm.models import DecoderModel
+from fusedlm.models.gpt2 import MLP
+from fusedlm.models.llama import GatedMLP
 
 CHEAP = (LayerNorm, RMSNorm, GELU, SwiGLU)
 
@@ -50,6 +53,8 @@ class RecomputeCheap(saved_tensors_hooks):
         self._active = False
         self._last: tuple[Callable[[], Any], Again] | None = None
         for module in model.blocks.modules():
+            if isinstance(module, MLP | GatedMLP):
+                module.recompute = True
             if isinstance(module, CHEAP):
                 module.register_forward_hook(self._note)
 

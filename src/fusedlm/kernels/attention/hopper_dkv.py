@@ -121,12 +121,20 @@ def hopper_dkv_kernel(
     BLOCK_M: gl.constexpr,
     BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr,
+    TOGETHER: gl.constexpr,
 ):
     steps = gl.cdiv(S, 128)
-    start = gl.program_id(0) % steps * 128  # the first keys are seen by the most
+    # The first keys are seen by the most queries: of TOGETHER heads at once they come first, so that programs that end
+    # late have little to do, and the queries of so many heads fit the cache.
     G = H // group
-    b = gl.program_id(0) // steps // G
-    g = gl.program_id(0) // steps % G
+    heads = gl.num_programs(0) // steps
+    first_head = gl.program_id(0) // (TOGETHER * steps) * TOGETHER
+    width = gl.minimum(heads - first_head, TOGETHER)
+    within = gl.program_id(0) % (TOGETHER * steps)
+    start = within // width * 128
+    head = first_head + within % width
+    b = head // G
+    g = head % G
     if offset_ptr is not None:
         offset = gl.load(offset_ptr + b).to(gl.int32)
     first = 0

@@ -41,11 +41,7 @@ def _sigmoid(x):
 
 @gluon.jit
 def _gelu(x, TANH: gl.constexpr):
-    if TANH:
-        y = x * _sigmoid(x * (-2.302208198 - 0.1029432396 * (x * x)))
-    else:
-        y = gelu_of(x, TANH, False)
-    return y
+    return x * _sigmoid(x * (-2.302208198 - 0.1029432396 * (x * x))) if TANH else gelu_of(x, TANH, False)
 
 
 @gluon.jit
