@@ -154,7 +154,7 @@ class _Step:
         if self.gpu.capability != (9, 0) or self.e != 2:
             self.bias_sums(self.layer.up[0])
         elif self.gpt2:
-            self.ledger.give(self.ledger.take("workspace", 4 * -(-self.M // 256) * self.layer.up[0] * 4))
+            self.ledger.give(self.ledger.take("workspace", 8 * -(-self.M // 256) * self.layer.up[0] * 4))
 
     def divide(self) -> None:
         """FSDP: of gradients that are whole, and summed over GPUs, each keeps its part."""

@@ -1,13 +1,13 @@
 """For Hopper: a matrix product and what is done to its result before it reaches memory.
 
 Persistent, one program a multiprocessor, and its warps have different jobs. One warp loads tiles by TMA. Two groups of
-four warps multiply, each 128 rows of a tile of 256 x 128, and leave the sums in shared memory, rounded. Another group
-takes them from there, piece by piece: activation or residual, sums for a bias' gradient, stores. So the tensor cores
-are at the next tile meanwhile, which at a K of 768 they need: there, the activation of a tile takes a third of the time
-of its product.
+four warps multiply, each 128 rows of a tile of 256 x 128, and leave the sums in shared memory, rounded. Two other
+groups take them from there, piece by piece: activation or residual, sums for a bias' gradient, stores. So the tensor
+cores are at the next tile meanwhile, which at a K of 768 they need: there, what is done to a tile takes about as long
+as its product.
 """
 
-from fusedlm.kernels._gluon import gl, gluon, hopper, tma_load
+from fusedlm.kernels._gluon import gl, gluon, hopper, reinterpret, tma_load
 from fusedlm.kernels._philox import keep_groups
 from fusedlm.kernels.gelu import gelu_and_slope, gelu_of
 
@@ -124,21 +124,17 @@ def _multiply(
         acc = hopper.warpgroup_mma_wait(0, deps=(acc,))
         hopper.mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES))
         hopper.mbarrier.wait(sums_empty.index(W), done & 1 ^ 1)
-        sums.index(W).store(acc.to(sums.dtype))
+        left, right = acc.reshape([128, 2, COLS]).permute((0, 2, 1)).split()
+        sums.index(2 * W).store(left.to(sums.dtype))
+        sums.index(2 * W + 1).store(right.to(sums.dtype))
         hopper.mbarrier.arrive(sums_full.index(W))
         done += 1  # noqa: SIM113
 
 
 @gluon.jit
-def _piece(i, place, stride, shape, LAYOUT: gl.constexpr):
-    """(where it begins, offsets from there, mask) of piece i of a group's tile, in a matrix of that stride.
-
-    All pieces have the same offsets, so that no registers hold those of each.
-    """
-    first, n = place
+def _piece(row, col, stride, shape, LAYOUT: gl.constexpr):
+    """(where it begins, offsets from there, mask) of a piece, in a matrix of that stride."""
     M, N = shape
-    row = first + i % (128 // ROWS) * ROWS
-    col = n + i // (128 // ROWS) * COLS
     rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
     cols = gl.arange(0, COLS, layout=gl.SliceLayout(0, LAYOUT))
     inside = (rows < M - row)[:, None] & (cols < N - col)[None, :]
@@ -146,9 +142,9 @@ def _piece(i, place, stride, shape, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _ahead(pointers, i, place, stride, shape, LAYOUT: gl.constexpr):
-    """What piece i needs beside the sums, on its way from memory: a tuple."""
-    begin, at, inside = _piece(i, place, stride, shape, LAYOUT)
+def _given(pointers, row, col, stride, shape, LAYOUT: gl.constexpr):
+    """What a piece needs beside the sums, on its way from memory: a tuple."""
+    begin, at, inside = _piece(row, col, stride, shape, LAYOUT)
     found = ()
     for j in gl.static_range(len(pointers)):
         found += (gl.load(pointers[j] + begin + at, mask=inside, other=0.0),)
@@ -156,44 +152,44 @@ def _ahead(pointers, i, place, stride, shape, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _fetch(pointers, number, stride, shape, GROUP_M: gl.constexpr):
+def _fetch(pointers, number, stride, shape, W: gl.constexpr, GROUP_M: gl.constexpr):
     """Have the L2 cache read what a tile will need beside the sums: from memory it takes microseconds."""
     M = shape[0]
     N = shape[1]
     m, n = _tile(number, M, N, GROUP_M)
-    rows = gl.minimum(m + gl.arange(0, BLOCK_M, layout=gl.BlockedLayout([2], [32], [4], [0])), M - 1).to(gl.int64)
+    rows = m + 128 * W + gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    begin = gl.minimum(rows, M - 1).to(gl.int64) * stride
     for i in gl.static_range(2):  # 128 bytes each
-        at = rows * stride + gl.minimum(n + i * COLS, N - 1)
         for j in gl.static_range(len(pointers)):
+            place = pointers[j] + begin + gl.minimum(n + i * COLS, N - 1)
             gl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers[j] + at], gl.int32, is_pure=False, pack=1
+                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [place], gl.int32, is_pure=False, pack=1
             )
 
 
 @gluon.jit
-def _kept(i, place, N, dropout, LAYOUT: gl.constexpr):
-    """Which elements of piece i dropout leaves, of (M, N) with N a multiple of 8."""
+def _kept(row, col, N, dropout, LAYOUT: gl.constexpr):
+    """Which elements of a piece dropout leaves, of (M, N) with N a multiple of 8."""
     seed_ptr, stream, threshold, _ = dropout
     GROUPS: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0])  # a thread has what it has 8 elements of
-    rows = place[0] + i % (128 // ROWS) * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, GROUPS))
-    cols = (place[1] + i // (128 // ROWS) * COLS) // 8 + gl.arange(0, COLS // 8, layout=gl.SliceLayout(0, GROUPS))
+    rows = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, GROUPS))
+    cols = col // 8 + gl.arange(0, COLS // 8, layout=gl.SliceLayout(0, GROUPS))
     group = rows.to(gl.int64)[:, None] * (N // 8) + cols[None, :]
     return gl.convert_layout(keep_groups(gl.load(seed_ptr), stream, group, threshold), LAYOUT)
 
 
 @gluon.jit
-def _store_totals(ptr, sums, m, n, N):
-    """Four rows of partial sums a tile, one of each warp: adding those up would make the warps wait for each other."""
-    totals = gl.sum(sums.reshape([4, ROWS // 4, COLS]), 1)
-    rows = m // (BLOCK_M // 4) + gl.arange(0, 4, layout=gl.SliceLayout(1, totals.type.layout))
-    cols = n + gl.arange(0, COLS, layout=gl.SliceLayout(0, totals.type.layout))
-    at = rows.to(gl.int64)[:, None] * N + cols[None, :]
-    gl.store(ptr + at, totals, mask=(cols < N)[None, :])
+def _store_totals(ptr, totals, row, col, N):
+    """Four rows of partial sums for 128 rows, one of each warp: adding those up would have the warps wait."""
+    sums = gl.sum(totals.reshape([4, ROWS // 4, COLS]), 1)
+    rows = row // 32 + gl.arange(0, 4, layout=gl.SliceLayout(1, sums.type.layout))
+    cols = col + gl.arange(0, COLS, layout=gl.SliceLayout(0, sums.type.layout))
+    gl.store(ptr + rows.to(gl.int64)[:, None] * N + cols[None, :], sums, mask=(cols < N)[None, :])
 
 
 @gluon.jit
 def _finish(
-    sums, barriers, outputs, inputs, totals_ptr, dropout, shape,
+    slabs, barriers, outputs, inputs, totals_ptr, dropout, shape, W: gl.constexpr,
     EPILOGUE: gl.constexpr, TANH: gl.constexpr, GROUP_M: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     y_ptr, kept_ptr = outputs
@@ -201,9 +197,9 @@ def _finish(
     M = shape[0]
     N = shape[1]
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    dtype: gl.constexpr = sums.dtype
+    dtype: gl.constexpr = slabs.dtype
     DOWN: gl.constexpr = 128 // ROWS
-    PIECES: gl.constexpr = DOWN if EPILOGUE == "swiglu" else 2 * DOWN
+    HALVES: gl.constexpr = 1 if EPILOGUE == "swiglu" else 2  # of the tile's columns, that are finished one by one
     size = (M, N)
     wide = N  # the stride of inputs
     if EPILOGUE == "dswiglu":
@@ -213,31 +209,37 @@ def _finish(
     done = 0
     for number in range(gl.program_id(0), gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N), gl.num_programs(0)):
         m, n = _tile(number, M, N, GROUP_M)
+        first = m + 128 * W
         if EPILOGUE == "swiglu":
             n = n // 2
         if len(inputs):
-            _fetch(inputs, number + gl.num_programs(0), wide, shape, GROUP_M)
-        left = gl.zeros([ROWS, COLS], gl.float32, LAYOUT)  # sums over rows, of the tile's two halves
-        right = gl.zeros([ROWS, COLS], gl.float32, LAYOUT)
-        for w in range(2):
-            place = (m + 128 * w, n)
-            ahead = ()
-            for i in gl.static_range(AHEAD if len(inputs) else 0):
-                ahead += (_ahead(inputs, i, place, wide, size, LAYOUT),)
-            hopper.mbarrier.wait(sums_full.index(w), done & 1)
-            for i in gl.static_range(PIECES):
-                slab = sums.index(w).slice(i % DOWN * ROWS, ROWS, 0)
-                x = slab.slice(i // DOWN * COLS, COLS, 1).load(LAYOUT)
-                begin, at, inside = _piece(i, place, size[1], size, LAYOUT)
-                if len(inputs):
+            _fetch(inputs, number + gl.num_programs(0), wide, size, W, GROUP_M)
+        ahead = ()
+        for early in gl.static_range(AHEAD if len(inputs) else 0):
+            ahead += (_given(inputs, first + early * ROWS, n, wide, size, LAYOUT),)
+        hopper.mbarrier.wait(sums_full.index(W), done & 1)
+        for half in range(HALVES):
+            col = n + half * COLS
+            totals = gl.zeros([ROWS, COLS], gl.float32, LAYOUT)
+            for i in range(DOWN):
+                row = first + i * ROWS
+                x = slabs.index((2 * W + half) * DOWN + i).load(LAYOUT)
+                begin, at, inside = _piece(row, col, size[1], size, LAYOUT)
+                if len(inputs) and AHEAD == 0:
+                    given = _given(inputs, row, col, wide, size, LAYOUT)
+                elif len(inputs):
                     given = ahead[0]
+                    later = half * DOWN + i + AHEAD  # the number of the piece that is asked for now
+                    later_row = first + later % DOWN * ROWS
+                    later_col = n + later // DOWN * COLS
+                    if later >= HALVES * DOWN:  # there is none
+                        later_col = N
                     ahead = ahead[1:]
-                    if i + AHEAD < PIECES:
-                        ahead += (_ahead(inputs, i + AHEAD, place, wide, size, LAYOUT),)
+                    ahead += (_given(inputs, later_row, later_col, wide, size, LAYOUT),)
                 if EPILOGUE == "add":
                     y = x.to(gl.float32)
                     if dropout[0] is not None:
-                        y = gl.where(_kept(i, place, N, dropout, LAYOUT), y * dropout[3], 0.0)
+                        y = gl.where(_kept(row, col, N, dropout, LAYOUT), y * dropout[3], 0.0)
                     if len(inputs):
                         y += given[0].to(gl.float32)
                 elif EPILOGUE == "gelu":
@@ -250,29 +252,25 @@ def _finish(
                     if kept_ptr is not None:
                         gl.store(kept_ptr + begin + at, act.to(dtype), mask=inside)
                     if totals_ptr is not None:
-                        if i < DOWN:
-                            left += y
-                        else:
-                            right += y
+                        totals += y
                 elif EPILOGUE == "swiglu":
-                    up = slab.slice(COLS, COLS, 1).load(LAYOUT)
+                    up = slabs.index((2 * W + 1) * DOWN + i).load(LAYOUT)
                     gate = x.to(gl.float32)
                     y = gate * _sigmoid(-1.4426950409 * gate) * up.to(gl.float32)
                     if kept_ptr is not None:
-                        there = _piece(i, place, N, size, LAYOUT)
+                        there = _piece(row, col, N, size, LAYOUT)
                         gl.store(kept_ptr + there[0] + there[1], x, mask=inside)
                         gl.store(kept_ptr + there[0] + (there[1] + N // 2), up, mask=inside)
                 else:
                     y, du, act = _swiglu_gradients(x.to(gl.float32), given[0].to(gl.float32), given[1].to(gl.float32))
                     if kept_ptr is not None:
                         gl.store(kept_ptr + begin + at, act.to(dtype), mask=inside)
-                    begin, at, inside = _piece(i, place, wide, size, LAYOUT)
+                    begin, at, inside = _piece(row, col, wide, size, LAYOUT)
                     gl.store(y_ptr + begin + (at + N), du.to(dtype), mask=inside)
                 gl.store(y_ptr + begin + at, y.to(dtype), mask=inside)
-            hopper.mbarrier.arrive(sums_empty.index(w))
-        if totals_ptr is not None:
-            _store_totals(totals_ptr, left, m, n, N)
-            _store_totals(totals_ptr, right, m, n + COLS, N)
+            if totals_ptr is not None:
+                _store_totals(totals_ptr, totals, first, col, N)
+        hopper.mbarrier.arrive(sums_empty.index(W))
         done += 1  # noqa: SIM113
 
 
@@ -285,7 +283,7 @@ def hopper_product_kernel(
     bias_ptr,  # (N,) or None
     given_ptr,  # "add": (M, N) or None; "dgelu": the sums that GELU was given, (M, N); "dswiglu": gate and up, (M, 2N)
     seed_ptr,  # "add": of a dropout of the product and bias; or None
-    totals_ptr,  # "dgelu": (4 * ceil(M / 256), N) fp32, whose sums over rows are those of y; or None
+    totals_ptr,  # "dgelu": (8 * ceil(M / 256), N) fp32, whose sums over rows are those of y; or None
     M,
     N,
     K,
@@ -301,13 +299,13 @@ def hopper_product_kernel(
 ):
     dtype: gl.constexpr = a_desc.dtype
     A_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([128, BLOCK_K], dtype)
-    WIDE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([128, BLOCK_N], dtype)
     B_SHAPE: gl.constexpr = [BLOCK_N, BLOCK_K] if B_ROWS else [BLOCK_K, BLOCK_N]
     B_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for(B_SHAPE, dtype)
     HALVES: gl.constexpr = EPILOGUE == "swiglu"
     a_tiles = gl.allocate_shared_memory(dtype, [2 * STAGES, 128, BLOCK_K], A_LAYOUT)
     b_tiles = gl.allocate_shared_memory(dtype, [STAGES, B_SHAPE[0], B_SHAPE[1]], B_LAYOUT)
-    sums = gl.allocate_shared_memory(dtype, [2, 128, BLOCK_N], WIDE)
+    sums = gl.allocate_shared_memory(dtype, [4, 128, COLS], A_LAYOUT)  # of each group the left half, the right half
+    slabs = reinterpret(sums, dtype, [4 * 128 // ROWS, ROWS, COLS], A_LAYOUT)
     BARRIER: gl.constexpr = hopper.mbarrier.MBarrierLayout()
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -332,11 +330,12 @@ def hopper_product_kernel(
     ends = (sums_full, sums_empty)
     gl.warp_specialize(
         [
-            (_finish, (sums, ends, outputs, inputs, totals_ptr, dropout, shape, EPILOGUE, TANH, GROUP_M, AHEAD)),
+            (_finish, (slabs, ends, outputs, inputs, totals_ptr, dropout, shape, 0, EPILOGUE, TANH, GROUP_M, AHEAD)),
+            (_finish, (slabs, ends, outputs, inputs, totals_ptr, dropout, shape, 1, EPILOGUE, TANH, GROUP_M, AHEAD)),
             (_multiply, (tiles, sums, groups, bias_ptr, shape, 0, B_ROWS, GROUP_M, STAGES)),
             (_multiply, (tiles, sums, groups, bias_ptr, shape, 1, B_ROWS, GROUP_M, STAGES)),
             (_load, ((a_desc, b_desc), tiles, (full, empty), shape, B_ROWS, HALVES, GROUP_M, STAGES)),
         ],
-        [4, 4, 1],
-        [160, 160, 24],
+        [4, 4, 4, 1],
+        [72, 160, 160, 24],
     )

@@ -82,13 +82,14 @@ def product(
     kept = new((M, N)) if what.keep else None
     numbers = (M, N, K, what.stream, *drop_threshold(what.p))
     if kernel_for(a, N, K) == "hopper":
-        totals = new((4 * triton.cdiv(M, 256), N), dtype=torch.float32) if what.totals else None
+        totals = new((8 * triton.cdiv(M, 256), N), dtype=torch.float32) if what.totals else None
         rows = b.stride(1) == 1 or b.stride(0) != 1 or name == "swiglu"  # else it lies as (K, N) in memory
         described = (
             _described(a, [128, 64]),
             _described(b, [64 if name == "swiglu" else 128, 64]) if rows else _described(b.T, [64, 128]),
         )
-        constants = {"B_ROWS": rows, "EPILOGUE": name, "TANH": what.tanh, "GROUP_M": 8, "STAGES": 3, "AHEAD": 4}
+        constants = {"B_ROWS": rows, "EPILOGUE": name, "TANH": what.tanh, "GROUP_M": 8, "STAGES": 3}
+        constants["AHEAD"] = 0 if name == "dswiglu" else 2  # as many as need no more registers than there are
         arguments = (*described, y, kept, bias, given, what.seed, totals, *numbers)
         kernel = import_module("fusedlm.kernels.linear.hopper").hopper_product_kernel  # late: it needs Triton
         programs = min(num_programs(a.device, 1), triton.cdiv(M, 256) * triton.cdiv(N, 128))
