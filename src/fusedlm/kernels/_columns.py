@@ -13,10 +13,13 @@ from fusedlm.kernels._triton import tl, triton
 
 
 @functools.cache
-def column_config(M: int, N: int, device: torch.device) -> tuple[dict[str, Any], int, int, int]:
-    """(constants, blocks of columns, parts that rows are cut into, rows of a part) of kernels that go down columns."""
+def column_config(M: int, N: int, device: torch.device, tile: int = 2048) -> tuple[dict[str, Any], int, int, int]:
+    """(constants, blocks of columns, parts that rows are cut into, rows of a part) of kernels that go down columns.
+
+    tile: how many elements a program has on their way at once.
+    """
     block_n = min(triton.next_power_of_2(N), 16 if interpreting() else 256)
-    block_m = 4 if interpreting() else 2048 // block_n
+    block_m = 4 if interpreting() else tile // block_n
     blocks = triton.cdiv(N, block_n)
     parts = max(num_programs(device, 8) // blocks, 1)
     rows = triton.cdiv(triton.cdiv(M, parts), block_m) * block_m
@@ -71,7 +74,7 @@ def _column_sums(x: Tensor) -> Tensor:
     M, N = x.shape
     if not M or not N:
         return x.new_zeros(N)
-    constants, blocks, parts, rows = column_config(M, N, x.device)
+    constants, blocks, parts, rows = column_config(M, N, x.device, 4096)
     partial = torch.empty((1, parts, N), dtype=torch.float32, device=x.device)
     launch(_column_sums_kernel, (blocks * parts, 1, 1), x.dtype, (x, partial), (x.stride(0), M, N, rows), constants)
     return sum_partials(partial, x.dtype)[0]
