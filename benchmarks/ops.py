@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ def _remembered(
     kept = {}
     for name, peer in peers.items() if cache else ():
         assert cache is not None
-        found = {d: cache.get(case, name, peer, shape, d) for d in directions}
+        found = {d: cache.get(case, name, peer, shape, d) for d in directions if peer.does(d)}
         if all(found.values()):
             kept[name] = found
     return kept
@@ -114,8 +115,10 @@ def run_shape(
     waits = {name for name, peer in peers.items() if peer.waits}
     rows = []
     for direction in directions:
-        seconds = timer({n: w[direction] for n, w in variants.items()}, sets=sets, waits=waits)
-        for name in (OURS, *peers):
+        names = [OURS, *(name for name, peer in peers.items() if peer.does(direction))]
+        timed = {name: variants[name][direction] for name in names if name in variants}
+        seconds = timer(timed, sets=sets, waits=waits & timed.keys())
+        for name in names:
             measured = kept[name][direction] if name in kept else {"seconds": seconds[name]}
             if case.together and "extra_bytes" not in measured:
                 measured["extra_bytes"] = memory(variants[name][direction])
@@ -184,13 +187,15 @@ def _run(options: argparse.Namespace) -> None:
     seconds: dict[str, dict[str, float]] = {}
     rows: list[dict[str, Any]] = []
     for name in options.names or CASES:
+        if name in prepared.refused:
+            continue
         case = CASES[name]
         start = time.perf_counter()
         for i in shapes_of(case, quick=options.quick):
             rows += run_shape(case, case.bench[i], limits, device=device, cache=cache, compare=i == 0)
             torch.cuda.empty_cache()
         took = {"contract": 0.0, "compile": 0.0, "timing": time.perf_counter() - start}
-        for job, t in prepared.items():
+        for job, t in prepared.seconds.items():
             if job.op == name:
                 took["compile" if job.kind == "compile" else "contract"] += t
         seconds[name] = {what: round(t, 1) for what, t in took.items()}
@@ -201,9 +206,12 @@ def _run(options: argparse.Namespace) -> None:
         "matmul_flops_per_second": limits.matmul,
         "seconds": seconds,
         "rows": rows,
+        "refused": prepared.refused,
     }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "ops.json").write_text(json.dumps(results, indent=1) + "\n")
     print(f"all: {time.perf_counter() - begin:.1f} s; copy {limits.copy / 1e12:.2f} TB/s", end="")
     print(f", product {limits.matmul / 1e12:.0f} TFLOP/s")
     print(ops_table(rows))
+    if prepared.refused:
+        sys.exit("not timed: " + "; ".join(f"{name}: {why}" for name, why in prepared.refused.items()))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.peers import peers_of
+from benchmarks.peers import Peer, peers_of
 from benchmarks.work import make_inputs, own_copy, works
 from fusedlm.testing import check, checks
 from fusedlm.testing.cases import CASES
@@ -50,10 +50,11 @@ def run_job(job: Job, device: str = "cuda") -> float:
     else:
         assert job.kind == "compile", job.kind
         made = make_inputs(case, case.bench[job.shape], 0, where)
-        functions = [case.timed or case.op, *(peer.function for peer in peers_of(case, case.bench[job.shape]).values())]
-        for function in functions:
-            for work in works(case, function, [own_copy(made)]).values():
-                work(0)
+        ours = Peer(case.timed or case.op)
+        for peer in (ours, *peers_of(case, case.bench[job.shape]).values()):
+            for direction, work in works(case, peer.function, [own_copy(made)]).items():
+                if peer.does(direction):
+                    work(0)
     if where.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # for the other processes
@@ -80,34 +81,47 @@ def _lacks_memory(error: RuntimeError) -> bool:
     return "out of memory" in str(error) or "ALLOC_FAILED" in str(error)  # torch's, and the libraries'
 
 
-def prepare(
-    jobs: Sequence[Job], *, processes: int | None = None, do: Callable[[Job], float] = run_job
-) -> dict[Job, float]:
-    """Seconds of each job. processes: 0 does all in this one; as many as suit the machine where None is given.
+@dataclass(frozen=True)
+class Prepared:
+    """What came of the jobs.
 
-    Jobs that find no memory beside the others are done again afterwards, one at a time. Raises what the first job that
-    fails otherwise raises; the others are not waited for.
+    seconds: of those that did what they should. refused: ops whose contract is broken, or that do not compile, with why
+    in a line: they are not timed.
+    """
+
+    seconds: dict[Job, float]
+    refused: dict[str, str]
+
+
+def prepare(jobs: Sequence[Job], *, processes: int | None = None, do: Callable[[Job], float] = run_job) -> Prepared:
+    """Do all jobs. processes: 0 does them in this one; as many as suit the machine where None is given.
+
+    Jobs that find no memory beside the others are done again afterwards, one at a time.
     """
     if processes is None:
         processes = min(len(jobs), max((os.cpu_count() or 4) - 2, 1), 12)
-    seconds, again = {}, []
+    prepared, again = Prepared({}, {}), []
+
+    def finish(job: Job, result: Callable[[], float]) -> None:
+        try:
+            prepared.seconds[job] = result()
+        except Exception as error:  # whatever is wrong with one op, the others are measured
+            prepared.refused.setdefault(job.op, str(error).strip().split("\n")[0] or type(error).__name__)
+
     if processes == 0:
-        return {job: do(job) for job in jobs}
+        for job in jobs:
+            finish(job, lambda job=job: do(job))  # type: ignore[misc]
+        return prepared
     context = multiprocessing.get_context("spawn")  # a process that has used the GPU cannot be forked
     with ProcessPoolExecutor(processes, context, initializer=_start) as pool:
         futures: dict[Future[float], Job] = {pool.submit(do, job): job for job in jobs}
-        try:
-            for future in as_completed(futures):
-                try:
-                    seconds[futures[future]] = future.result()
-                except RuntimeError as error:
-                    if not _lacks_memory(error):
-                        raise
-                    again.append(futures[future])
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+        for future in as_completed(futures):
+            error = future.exception()
+            if isinstance(error, RuntimeError) and _lacks_memory(error):
+                again.append(futures[future])
+            else:
+                finish(futures[future], future.result)
     for job in again:  # in a new process, so that nothing stays allocated in this one
         with ProcessPoolExecutor(1, context, initializer=_start) as pool:
-            seconds[job] = pool.submit(do, job).result()
-    return seconds
+            finish(job, pool.submit(do, job).result)
+    return prepared

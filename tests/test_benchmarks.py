@@ -22,7 +22,7 @@ from benchmarks.host import host_rows
 from benchmarks.ops import OURS, Limits, directions_of, run_shape, shapes_of, told
 from benchmarks.peers import Peer, peers_of
 from benchmarks.peers.eager import COMPILED, EAGER, MORE
-from benchmarks.prepare import Job, jobs_of, prepare, run_job
+from benchmarks.prepare import Job, Prepared, jobs_of, prepare, run_job
 from benchmarks.report import refuse_cached
 from benchmarks.tables import host_table
 from benchmarks.timing import host_seconds, input_sets
@@ -227,7 +227,7 @@ def test_a_run_writes_all_it_measured(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setitem(CASES, "gelu", _small("gelu"))
     monkeypatch.setattr("benchmarks.ops.environment", lambda commit: MACHINE)
     monkeypatch.setattr("benchmarks.ops.measured_limits", lambda device: LIMITS)
-    monkeypatch.setattr("benchmarks.ops.prepare", lambda jobs, processes: dict.fromkeys(jobs, 1.5))
+    monkeypatch.setattr("benchmarks.ops.prepare", lambda jobs, processes: Prepared(dict.fromkeys(jobs, 1.5), {}))
     monkeypatch.setattr(
         "benchmarks.ops.run_shape",
         lambda case, shape, limits, device, cache, compare: [measured(OURS, 1e-5), measured("torch", 2e-5)],
@@ -272,15 +272,39 @@ def test_a_contracts_jobs_are_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None
     assert all(one in done for one in every)
 
 
-def test_a_red_contract_stops_the_run() -> None:
+def test_an_op_with_a_red_contract_is_refused() -> None:
     def do(job: Job) -> float:
         if job.op == "b":
-            raise AssertionError("b is off")
+            raise AssertionError("b is off\nby much")
         return 2.0
 
-    assert prepare([Job("check", "a")], processes=0, do=do) == {Job("check", "a"): 2.0}
-    with pytest.raises(AssertionError, match="b is off"):
-        prepare([Job("check", "a"), Job("check", "b")], processes=0, do=do)
+    jobs = [Job("check", "b"), Job("check", "a")]
+    assert prepare(jobs, processes=0, do=do) == Prepared({Job("check", "a"): 2.0}, {"b": "b is off"})
+
+
+def test_a_peer_without_a_backward_pass_is_timed_forward_alone(peers: dict[str, Peer]) -> None:
+    case = _small("linear_gelu")
+    peers["torch"] = Peer(case.reference)
+    peers["cublaslt"] = replace(MORE["linear_gelu"]["cublaslt"], random=False)
+    # On a CPU torch takes the exact form.
+    assert disagreement(case, peers["cublaslt"].function, make_inputs(case, case.bench[0], 0, CPU)) < 1e-3
+    rows = run_shape(case, case.bench[0], LIMITS, device=CPU, timer=_call_all)
+    assert [(r["direction"], r["variant"]) for r in rows] == [
+        ("forward", OURS), ("forward", "torch"), ("forward", "cublaslt"), ("backward", OURS), ("backward", "torch")
+    ]  # fmt: skip
+
+
+def test_what_is_refused_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.ops.environment", lambda commit: MACHINE)
+    monkeypatch.setattr("benchmarks.ops.measured_limits", lambda device: LIMITS)
+    monkeypatch.setattr("benchmarks.ops.prepare", lambda jobs, processes: Prepared({}, {"gelu": "is off"}))
+    monkeypatch.setattr("benchmarks.ops.run_shape", lambda case, *_, **__: [measured(OURS, 1e-5, op=case.name)])
+    options = {"names": ["gelu", "swiglu"], "out": tmp_path, "commit": None, "quick": True, "cache": None}
+    with pytest.raises(SystemExit, match="not timed: gelu: is off"):
+        ops._run(argparse.Namespace(**options, processes=0))
+    results = json.loads((tmp_path / "ops.json").read_text())
+    assert {row["op"] for row in results["rows"]} == {"swiglu"}
+    assert results["refused"] == {"gelu": "is off"}
 
 
 def test_jobs_that_find_no_memory_are_done_again_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,11 +327,11 @@ def test_jobs_that_find_no_memory_are_done_again_alone(monkeypatch: pytest.Monke
 
     monkeypatch.setattr("benchmarks.prepare.ProcessPoolExecutor", Pool)
     jobs = [Job("check", op) for op in ("small", "large")]
-    assert prepare(jobs, processes=2, do=do) == dict.fromkeys(jobs, 1.0)
+    assert prepare(jobs, processes=2, do=do) == Prepared(dict.fromkeys(jobs, 1.0), {})
     assert sorted(tried) == ["large", "large", "small"]
     assert pools == [2, 1]
-    with pytest.raises(RuntimeError, match="illegal"):
-        prepare([Job("check", "broken")], processes=1, do=do)
+    broken = prepare([Job("check", "broken")], processes=1, do=do)
+    assert broken.refused == {"broken": "an illegal memory access"}
 
 
 def test_sets_of_inputs_go_past_the_cache() -> None:

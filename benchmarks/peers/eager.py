@@ -83,6 +83,11 @@ def _linear_cross_entropy_wide(input: Tensor, weight: Tensor, target: Tensor, **
     return F.cross_entropy(F.linear(input, weight).float(), target, **options)
 
 
+def _cublaslt(x: Tensor, weight: Tensor, bias: Tensor, **_: Any) -> Tensor:
+    """The product with a GELU of its own, which is the tanh form and leaves nothing for a backward pass."""
+    return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+
+
 def _adamw(step: Tensor, max_norm: float | None, **tensors: Any) -> None:
     """What clip_grad_norm_ and AdamW(fused=True) launch, without the host's part."""
     names = ("param", "grad", "exp_avg", "exp_avg_sq")
@@ -164,4 +169,5 @@ COMPILED: dict[str, Peer | None] = {
 MORE: dict[str, dict[str, Peer]] = {
     "sample": {"torch-topk": _sample(_by_topk)},
     "attention": {"cudnn": CUDNN, "flex": FLEX},
+    "linear_gelu": {"cublaslt": Peer(_cublaslt, takes=lambda shape: shape["activation"] == "gelu_tanh", trains=False)},
 }

@@ -12,14 +12,14 @@ class MLP(nn.Module):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.recompute: bool | None = None  # see `mlp`
-        self.up = Linear(config.width, config.mlp_width, bias=True)
+        self.up: nn.Module = Linear(config.width, config.mlp_width, bias=True)
         self.activation = GELU(approximate="tanh")
-        self.down = Linear(config.mlp_width, config.width, bias=True)
+        self.down: nn.Module = Linear(config.mlp_width, config.width, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.up, Linear) and isinstance(self.down, Linear):
             return mlp(x, self.up.weight, self.up.bias, self.down.weight, self.down.bias, recompute=self.recompute)
-        return self.down(self.activation(self.up.without_bias(x), self.up.bias))
+        return self.down(self.activation(self.up.without_bias(x), self.up.bias))  # type: ignore[operator]
 
 
 def block(config: GPT2Config, layer: int) -> Block:

@@ -13,9 +13,9 @@ class GatedMLP(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.recompute: bool | None = None  # see `mlp`
-        self.gate_up = Linear(config.width, 2 * config.mlp_width, bias=False)
+        self.gate_up: nn.Module = Linear(config.width, 2 * config.mlp_width, bias=False)
         self.activation = SwiGLU()
-        self.down = Linear(config.mlp_width, config.width, bias=False)
+        self.down: nn.Module = Linear(config.mlp_width, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.gate_up, Linear) and isinstance(self.down, Linear):

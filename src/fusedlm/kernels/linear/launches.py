@@ -88,7 +88,7 @@ def product(
             _described(a, [128, 64]),
             _described(b, [64 if name == "swiglu" else 128, 64]) if rows else _described(b.T, [64, 128]),
         )
-        constants = {"B_ROWS": rows, "EPILOGUE": name, "TANH": what.tanh, "GROUP_M": 8, "STAGES": 3}
+        constants: dict[str, Any] = {"B_ROWS": rows, "EPILOGUE": name, "TANH": what.tanh, "GROUP_M": 8, "STAGES": 3}
         constants["AHEAD"] = 0 if name == "dswiglu" else 2  # as many as need no more registers than there are
         arguments = (*described, y, kept, bias, given, what.seed, totals, *numbers)
         kernel = import_module("fusedlm.kernels.linear.hopper").hopper_product_kernel  # late: it needs Triton
