@@ -1,7 +1,7 @@
 import sys
 from importlib import import_module
 
-SUITES = ("ops", "host", "memory", "training", "report")
+SUITES = ("ops", "host", "memory", "training", "forward", "report")
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in SUITES:

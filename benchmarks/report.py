@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks import training_report
 from benchmarks.cpu import BLOCKS
+from benchmarks.forward import forward_table
 from benchmarks.tables import embedding_table, figures, host_table, ops_table, summary, transformers_table
 
 RESULTS = Path(__file__).parent / "results"
@@ -135,6 +136,8 @@ def fill(
                 made += f"\n\n![Time of the fastest peer over ours, for every op]({picture})"
             elif decode is not None and block in BLOCKS and BLOCKS[block][0] in decode:
                 made = BLOCKS[block][1](decode)
+            elif training and block == "forward" and block in training:
+                made = forward_table(training["forward"])
             elif training and block in training_report.BLOCKS:
                 made = training_report.BLOCKS[block](training)
             elif set(ops) <= measured:
@@ -161,6 +164,8 @@ def write_report(results: Path, docs: Path, *, plots: bool = True) -> list[Path]
         for name in ("host.json", "transformers.json", "decode_cpu.json")
     )
     training = {found["suite"]: found for found in map(_read, sorted(results.glob("training_*.json")))}
+    if (results / "forward.json").exists():
+        training["forward"] = _read(results / "forward.json")
     names = list(dict.fromkeys(row["op"] for row in ops["rows"]))
     pages = {docs / "kernels/results.md": ops_page(ops, names if plots else [], host, transformers)}
     if "embedding" in names:

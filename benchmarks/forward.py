@@ -1,0 +1,210 @@
+"""`python -m benchmarks forward`: GPT-2's forward pass, hidden states of 512 x 300 tokens, beside transformers'.
+
+Contenders have the same weights and tokens and are called in turns, eagerly; a figure is the median of the rounds. Before
+that each is held to our model in float64. tf32 is fp32 whose products may take tensor cores; fp32 keeps all digits.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.environment import environment, head
+from fusedlm.checkpoint.huggingface import save_huggingface
+from fusedlm.kernels import backend
+from fusedlm.models import PRESETS, DecoderModel, build_model
+
+Contender = Callable[[Tensor], Tensor]  # ids, (B, T), to hidden states, (B, T, C)
+
+OURS, EAGER, COMPILED = "fusedlm", "transformers", "transformers, compiled"
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FURTHER = 2.0  # how much further from float64 than transformers ours may be
+
+
+@contextmanager
+def _products(dtype: str) -> Iterator[None]:
+    """Inside, fp32 products take tensor cores where they are called tf32, and do not elsewhere."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def contenders(
+    model: DecoderModel, dtype: torch.dtype, device: torch.device, *, compiled: bool
+) -> dict[str, Contender]:
+    """Ours and transformers', of one model's weights. compiled: transformers' by torch.compile too."""
+    import transformers
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_huggingface(model, Path(folder))
+        theirs = transformers.GPT2Model.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    theirs.to(device).eval()
+    ours = build_model(model.config, device=device, dtype=dtype).eval()
+    ours.load_state_dict(model.state_dict())
+    found: dict[str, Contender] = {
+        OURS: ours.hidden_states,
+        EAGER: lambda ids: theirs(ids, use_cache=False).last_hidden_state,
+    }
+    if compiled:
+        function = torch.compile(theirs, dynamic=False)
+        found[COMPILED] = lambda ids: function(ids, use_cache=False).last_hidden_state
+    return found
+
+
+def errors(found: Mapping[str, Contender], truth: Tensor, ids: Tensor) -> dict[str, float]:
+    """Relative RMS of each contender's difference from truth. Raises ValueError where ours is far off."""
+    scale = truth.square().mean().sqrt()
+    far = {
+        name: float((contender(ids).double() - truth).square().mean().sqrt() / scale)
+        for name, contender in found.items()
+    }
+    if not far[OURS] <= FURTHER * far[EAGER] + 1e-6:
+        raise ValueError(f"ours is {far[OURS]:.3g} from float64, and transformers' {far[EAGER]:.3g}")
+    return far
+
+
+def _seconds(call: Callable[[], object], calls: int, cuda: bool) -> float:
+    if not cuda:
+        begin = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return (time.perf_counter() - begin) / calls
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3 / calls
+
+
+def measure(
+    found: Mapping[str, Contender], ids: Tensor, *, rounds: int = 5, calls: int = 2
+) -> dict[str, dict[str, float]]:
+    """By contender: median seconds of a call, and the bytes that one needs beyond the weights."""
+    cuda = ids.is_cuda
+    peaks = {}
+    for name, contender in found.items():
+        contender(ids)
+        contender(ids)
+        if cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            contender(ids)
+            torch.cuda.synchronize()
+            peaks[name] = float(torch.cuda.max_memory_allocated() - before)
+    times: dict[str, list[float]] = {name: [] for name in found}
+    for _ in range(rounds):
+        for name, contender in found.items():
+            times[name].append(_seconds(lambda contender=contender: contender(ids), calls, cuda))  # type: ignore[misc]
+    return {name: {"seconds": statistics.median(t), "peak_bytes": peaks.get(name, 0.0)} for name, t in times.items()}
+
+
+def largest_batch(contender: Contender, ids: Tensor, *, step: int = 512) -> int:
+    """How many rows of ids' length a contender can take: a multiple of step, to an eighth, until memory runs out."""
+
+    def fits(rows: int) -> bool:
+        try:
+            contender(ids[:1].expand(rows, -1).contiguous())
+            torch.cuda.synchronize()
+        except torch.cuda.OutOfMemoryError:
+            return False
+        finally:
+            torch.cuda.empty_cache()
+        return True
+
+    low, high = 0, step
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > max(step, low // 8):
+        middle = (low + high) // 2 // step * step
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+@torch.no_grad()
+def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The results so far after each dtype: rows, and in fp16 the largest batches."""
+    device = torch.device(options.device)
+    cuda = device.type == "cuda"
+    model = build_model(PRESETS[options.preset])
+    model.init_weights(torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(model.config.vocab_size, (options.batch, options.context), generator=generator).to(device)
+    exact = build_model(model.config, device=device, dtype=torch.float64).eval()
+    exact.load_state_dict(model.state_dict())
+    with backend("torch"):
+        truth = exact.hidden_states(ids[:2])
+    del exact
+    size = {"preset": options.preset, "batch": options.batch, "context": options.context}
+    rows: list[dict[str, Any]] = []
+    results: dict[str, Any] = {"environment": environment(options.commit), **size, "rows": rows, "largest": {}}
+    for dtype in options.dtypes:
+        with _products(dtype):
+            found = contenders(model, DTYPES[dtype], device, compiled=cuda)
+            far = errors(found, truth, ids[:2])
+            for name, measured in measure(found, ids).items():
+                rate = ids.numel() / measured["seconds"]
+                rows.append(
+                    {"dtype": dtype, "variant": name, **measured, "tokens_per_second": rate, "error": far[name]}
+                )
+                print(f"{dtype}, {name}: {measured['seconds'] * 1e3:.1f} ms", flush=True)
+            if dtype == "fp16" and cuda and options.largest:
+                results["largest"] = {name: largest_batch(found[name], ids) for name in (OURS, EAGER)}
+        del found
+        torch._dynamo.reset()
+        if cuda:
+            torch.cuda.empty_cache()
+        yield results
+
+
+def forward_table(results: Mapping[str, Any]) -> str:
+    """In Markdown: milliseconds of each contender, and ours as a share of the fastest other."""
+    names = list(dict.fromkeys(row["variant"] for row in results["rows"]))
+    others = names[1:]
+    lines = [
+        f"| | {' | '.join(f'{name}, ms' for name in names)} | ours / fastest other | GiB: {' / '.join(names)} |",
+        f"|---|{'---:|' * len(names)}---:|---:|",
+    ]
+    for dtype in dict.fromkeys(row["dtype"] for row in results["rows"]):
+        at = {row["variant"]: row for row in results["rows"] if row["dtype"] == dtype}
+        share = at[OURS]["seconds"] / min(at[name]["seconds"] for name in others)
+        times = " | ".join(f"{at[name]['seconds'] * 1e3:.1f}" for name in names)
+        memory = " / ".join(f"{at[name]['peak_bytes'] / 2**30:.2f}" for name in names)
+        lines.append(f"| {dtype} | {times} | {share:.2f} | {memory} |")
+    text = "\n".join(lines)
+    about = results["environment"]
+    text += f"\n\n{results['preset']}, {results['batch']} x {results['context']} tokens, hidden states; "
+    if results["largest"]:
+        batches = ", ".join(f"{name} {count:,}" for name, count in results["largest"].items())
+        text += f"largest batch in fp16 (to an eighth): {batches}; "
+    return text + f"{about.get('gpu', about.get('cpu'))}, torch {about['torch']}, {about['date']}."
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks forward", description=__doc__)
+    parser.add_argument("--preset", default="gpt2", help="a size of GPT-2")
+    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--context", type=int, default=300)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp16", "bf16", "tf32", "fp32"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--largest", action=argparse.BooleanOptionalAction, default=True, help="find it")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for forward.json")
+    parser.add_argument("--commit", default=head(), help="of the code that runs, where it is not a git checkout")
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for results in run(options):
+        (options.out / "forward.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(forward_table(results))
