@@ -1,7 +1,8 @@
 """`python -m benchmarks forward`: GPT-2's forward pass, hidden states of 512 x 300 tokens, beside transformers'.
 
-Contenders have the same weights and tokens and are called in turns, eagerly; a figure is the median of the rounds. Before
-that each is held to our model in float64. tf32 is fp32 whose products may take tensor cores; fp32 keeps all digits.
+Contenders have the same weights and tokens and are called in turns, eagerly; a figure is the median of the rounds.
+Before that each is held to our model in float64. tf32 is fp32 whose products may take tensor cores; fp32 keeps all
+digits.
 """
 
 import argparse
