@@ -18,6 +18,8 @@ from benchmarks.work import make_inputs, own_copy, works
 from fusedlm.testing import check, checks
 from fusedlm.testing.cases import CASES
 
+LONG = 20.0  # seconds; who waits for a job that takes longer is told
+
 
 @dataclass(frozen=True)
 class Job:
@@ -105,6 +107,8 @@ def prepare(jobs: Sequence[Job], *, processes: int | None = None, do: Callable[[
     def finish(job: Job, result: Callable[[], float]) -> None:
         try:
             prepared.seconds[job] = result()
+            if prepared.seconds[job] > LONG:
+                print(f"{job.kind} of {job.op}, shape {job.shape}: {prepared.seconds[job]:.0f} s", flush=True)
         except Exception as error:  # whatever is wrong with one op, the others are measured
             prepared.refused.setdefault(job.op, str(error).strip().split("\n")[0] or type(error).__name__)
 
@@ -121,6 +125,8 @@ def prepare(jobs: Sequence[Job], *, processes: int | None = None, do: Callable[[
                 again.append(futures[future])
             else:
                 finish(futures[future], future.result)
+    if again:
+        print(f"again, one at a time, for lack of memory: {', '.join(f'{job.kind} of {job.op}' for job in again)}")
     for job in again:  # in a new process, so that nothing stays allocated in this one
         with ProcessPoolExecutor(1, context, initializer=_start) as pool:
             finish(job, pool.submit(do, job).result)

@@ -60,7 +60,7 @@ def broken(configure: Any, tmp_path: Any, heard_of: Any) -> Callable[..., Any]:
 
 
 def test_a_step_of_nan_changes_nothing_and_is_counted(broken: Callable[..., Any], run: Callable[..., Any]) -> None:
-    heard, error = broken(Breaking("blocks.1.mlp.activation", (3, 5)), "training.steps=8")
+    heard, error = broken(Breaking("blocks.1.mlp", (3, 5)), "training.steps=8")
     assert error == ""
     assert [r.skipped for r in heard.records] == [0, 0, 0, 1, 1, 2, 2, 2]
     assert [text.split(":")[0] for text in heard.said] == ["step 4 was skipped", "step 6 was skipped"]
@@ -73,8 +73,8 @@ def test_a_step_of_nan_changes_nothing_and_is_counted(broken: Callable[..., Any]
     ("breaking", "said"),
     [
         (
-            Breaking("blocks.1.mlp.activation", (3,)),
-            r"step 4, micro-batch 1 of 1: the output of blocks\.1\.mlp\.activation is not finite\. Its batch is step 3",
+            Breaking("blocks.1.mlp", (3,)),
+            r"step 4, micro-batch 1 of 1: the output of blocks\.1\.mlp is not finite\. Its batch is step 3",
         ),
         (
             Breaking("blocks.1.attention.out", (2,), backward=True),
@@ -89,13 +89,13 @@ def test_stopping_names_step_batch_and_layer(broken: Callable[..., Any], breakin
 
 
 def test_too_many_skipped_steps_in_a_row_end_a_run(broken: Callable[..., Any]) -> None:
-    heard, error = broken(Breaking("blocks.0.mlp.down", (2, 3, 4, 5)), "training.max_skipped=3")
-    assert "step 5, micro-batch 1 of 1: the output of blocks.0.mlp.down is not finite" in error
+    heard, error = broken(Breaking("blocks.0.mlp", (2, 3, 4, 5)), "training.max_skipped=3")
+    assert "step 5, micro-batch 1 of 1: the output of blocks.0.mlp is not finite" in error
     assert [text.split(":")[0] for text in heard.said] == [f"step {i} was skipped" for i in (3, 4, 5)]
 
 
 def test_a_spike_is_skipped_or_stops(broken: Callable[..., Any]) -> None:
-    breaking = Breaking("blocks.1.mlp.down", (110,), factor=-1000.0)
+    breaking = Breaking("blocks.1.mlp", (110,), factor=-1000.0)
     settings = ("training.steps=114", "training.spike_sigmas=6", "training.lr=1e-3", "checkpoints.interval=0")
     heard, error = broken(breaking, *settings)
     assert error == ""
@@ -104,7 +104,7 @@ def test_a_spike_is_skipped_or_stops(broken: Callable[..., Any]) -> None:
 
 
 def test_a_spike_stops(broken: Callable[..., Any]) -> None:
-    breaking = Breaking("blocks.1.mlp.down", (110,), factor=-1000.0)
+    breaking = Breaking("blocks.1.mlp", (110,), factor=-1000.0)
     settings = ("training.steps=114", "training.spike_sigmas=6", "training.lr=1e-3", "training.spike=stop")
     _, error = broken(breaking, *settings, "checkpoints.interval=0")
     assert "step 111: the loss is" in error

@@ -124,15 +124,18 @@ def hopper_dkv_kernel(
     TOGETHER: gl.constexpr,
 ):
     steps = gl.cdiv(S, 128)
+    G = H // group
     # The first keys are seen by the most queries: of TOGETHER heads at once they come first, so that programs that end
     # late have little to do, and the queries of so many heads fit the cache.
-    G = H // group
-    heads = gl.num_programs(0) // steps
     first_head = gl.program_id(0) // (TOGETHER * steps) * TOGETHER
-    width = gl.minimum(heads - first_head, TOGETHER)
     within = gl.program_id(0) % (TOGETHER * steps)
-    start = within // width * 128
-    head = first_head + within % width
+    if TOGETHER == 1:  # fewer registers, which D = 128 has none to spare of
+        start = within * 128
+        head = first_head
+    else:
+        width = gl.minimum(gl.num_programs(0) // steps - first_head, TOGETHER)
+        start = within // width * 128
+        head = first_head + within % width
     b = head // G
     g = head % G
     if offset_ptr is not None:

@@ -72,7 +72,7 @@ def _hopper_config(kernel: str, q: Tensor, k: Tensor, setting: Setting) -> dict[
     if D > 64:
         size = {"BLOCK_D": 128}
         if kernel == "dkv":
-            return size | {"BLOCK_M": 64, "STAGES": 2, "TOGETHER": 8}
+            return size | {"BLOCK_M": 64, "STAGES": 2, "TOGETHER": 1}
         return size | {"BLOCK_N": 64 if kernel == "dq" and S <= 8192 else 128, "STAGES": 2}
     if kernel == "dkv":
         return {"BLOCK_D": 64, "BLOCK_M": 64, "STAGES": 2 if S <= 2048 else 3, "TOGETHER": 8}
