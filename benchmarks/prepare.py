@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
 import torch
@@ -98,11 +98,15 @@ class Prepared:
 def prepare(jobs: Sequence[Job], *, processes: int | None = None, do: Callable[[Job], float] = run_job) -> Prepared:
     """Do all jobs. processes: 0 does them in this one; as many as suit the machine where None is given.
 
-    Jobs that find no memory beside the others are done again afterwards, one at a time.
+    A kernel that faults leaves its process without a GPU, and one that crashes takes the others' processes along: what
+    failed so may be another op's fault and is done again, each job in a process of its own. Jobs that find no memory
+    beside the others are done again last, one at a time.
     """
     if processes is None:
         processes = min(len(jobs), max((os.cpu_count() or 4) - 2, 1), 12)
-    prepared, again = Prepared({}, {}), []
+    prepared = Prepared({}, {})
+    faulty: list[Job] = []
+    hungry: list[Job] = []
 
     def finish(job: Job, result: Callable[[], float]) -> None:
         try:
@@ -117,17 +121,28 @@ def prepare(jobs: Sequence[Job], *, processes: int | None = None, do: Callable[[
             finish(job, lambda job=job: do(job))  # type: ignore[misc]
         return prepared
     context = multiprocessing.get_context("spawn")  # a process that has used the GPU cannot be forked
-    with ProcessPoolExecutor(processes, context, initializer=_start) as pool:
-        futures: dict[Future[float], Job] = {pool.submit(do, job): job for job in jobs}
+
+    def alone(job: Job) -> float:
+        with ProcessPoolExecutor(1, context, initializer=_start) as pool:
+            return pool.submit(do, job).result()
+
+    def gather(futures: dict[Future[float], Job], *, again: bool) -> None:
         for future in as_completed(futures):
             error = future.exception()
             if isinstance(error, RuntimeError) and _lacks_memory(error):
-                again.append(futures[future])
+                hungry.append(futures[future])
+            elif isinstance(error, RuntimeError) and again:
+                faulty.append(futures[future])
             else:
                 finish(futures[future], future.result)
-    if again:
-        print(f"again, one at a time, for lack of memory: {', '.join(f'{job.kind} of {job.op}' for job in again)}")
-    for job in again:  # in a new process, so that nothing stays allocated in this one
-        with ProcessPoolExecutor(1, context, initializer=_start) as pool:
-            finish(job, pool.submit(do, job).result)
+
+    with ProcessPoolExecutor(processes, context, initializer=_start) as pool:
+        gather({pool.submit(do, job): job for job in jobs}, again=True)
+    with ThreadPoolExecutor(processes) as threads:  # each waits for a process
+        gather({threads.submit(alone, job): job for job in faulty}, again=False)
+    if hungry:
+        names = ", ".join(f"{job.kind} of {job.op}" for job in hungry)
+        print(f"for lack of memory, again and one at a time: {names}", flush=True)
+    for job in hungry:
+        finish(job, lambda job=job: alone(job))  # type: ignore[misc]
     return prepared

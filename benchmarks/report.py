@@ -3,7 +3,7 @@
 Two pages are made whole. In all others (and in the README.md beside the folder) what stands between a line
 `<!-- figures: op, op -->` and a line `<!-- end -->` is replaced by these ops' figures, and where the first line is
 `<!-- figures: summary -->` by one sentence and the picture of all ops, where it names one of `cpu.BLOCKS` or
-`training_report.BLOCKS` by those.
+`training_report.BLOCKS` by those, and `<!-- figures: forward -->` by the table of `python -m benchmarks forward`.
 """
 
 import argparse
@@ -108,9 +108,10 @@ def fill(
     docs: Path,
     decode: dict[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
+    forward: Mapping[str, Any] | None = None,
 ) -> str | None:
     """A page with its figures' blocks made anew; None where it has none. decode: what `fusedlm bench` measured;
-    training: what `python -m benchmarks training` did, by suite.
+    training: what `python -m benchmarks training` did, by suite; forward: what `python -m benchmarks forward` did.
 
     Raises ValueError for a block without an end, or of an op that was not measured.
     """
@@ -136,8 +137,8 @@ def fill(
                 made += f"\n\n![Time of the fastest peer over ours, for every op]({picture})"
             elif decode is not None and block in BLOCKS and BLOCKS[block][0] in decode:
                 made = BLOCKS[block][1](decode)
-            elif training and block == "forward" and block in training:
-                made = forward_table(training["forward"])
+            elif forward is not None and block == "forward":
+                made = forward_table(forward)
             elif training and block in training_report.BLOCKS:
                 made = training_report.BLOCKS[block](training)
             elif set(ops) <= measured:
@@ -159,19 +160,17 @@ def write_report(results: Path, docs: Path, *, plots: bool = True) -> list[Path]
     """Write all that a folder of results gives into docs; returns what was written. plots: needs matplotlib."""
     ops = _read(results / "ops.json")
     refuse_cached(ops)
-    host, transformers, decode = (
+    host, transformers, decode, forward = (
         _read(results / name) if (results / name).exists() else None
-        for name in ("host.json", "transformers.json", "decode_cpu.json")
+        for name in ("host.json", "transformers.json", "decode_cpu.json", "forward.json")
     )
     training = {found["suite"]: found for found in map(_read, sorted(results.glob("training_*.json")))}
-    if (results / "forward.json").exists():
-        training["forward"] = _read(results / "forward.json")
     names = list(dict.fromkeys(row["op"] for row in ops["rows"]))
     pages = {docs / "kernels/results.md": ops_page(ops, names if plots else [], host, transformers)}
     if "embedding" in names:
         pages[docs / "kernels/embedding_results.md"] = embedding_page(ops)
     for page in (docs.parent / "README.md", *sorted(docs.rglob("*.md"))):
-        filled = fill(page, ops, docs, decode, training) if page not in pages and page.exists() else None
+        filled = fill(page, ops, docs, decode, training, forward) if page not in pages and page.exists() else None
         if filled is not None:
             pages[page] = filled
     for path, text in pages.items():
@@ -202,7 +201,7 @@ def main(arguments: list[str]) -> None:
         "--results",
         type=Path,
         default=RESULTS,
-        help="folder with ops.json (and host.json, transformers.json, decode_cpu.json)",
+        help="folder with ops.json (and host.json, transformers.json, decode_cpu.json, forward.json, training_*.json)",
     )
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder to write into")
     options = parser.parse_args(arguments)

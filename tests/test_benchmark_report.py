@@ -149,6 +149,27 @@ def test_pages_that_cannot_be_filled_stay_as_they_are(pages: Path, text: str, me
     assert (pages / "README.md").read_text() == before
 
 
+def test_forward_passes_have_a_block_of_their_own(pages: Path) -> None:
+    """And are no training suite: they add nothing to the training steps' machines."""
+    rows = [
+        {"dtype": "fp16", "variant": name, "seconds": seconds, "peak_bytes": 2.0**30}
+        for name, seconds in (("fusedlm", 0.06), ("transformers", 0.12), ("transformers, compiled", 0.08))
+    ]
+    size = {"preset": "gpt2", "batch": 512, "context": 300, "largest": {"fusedlm": 16384}}
+    results = {"environment": {**MACHINE, "date": "later"}, **size, "rows": rows}
+    (pages / "forward.json").write_text(json.dumps(results))
+    row = {"variant": "fusedlm", "seconds": 0.1, "tokens_per_second": 10.0, "mfu": None, "peak_bytes": 0}
+    (pages / "training_gpt2.json").write_text(json.dumps({"suite": "gpt2", "environment": MACHINE, "rows": [row]}))
+    page = pages / "docs/blocks.md"
+    page.write_text("<!-- figures: forward -->\n<!-- end -->\n<!-- figures: training steps -->\n<!-- end -->\n")
+    write_report(pages, pages / "docs", plots=False)
+    forward, steps, _ = page.read_text().split("<!-- end -->")
+    assert "| fp16 | 60.0 | 120.0 | 80.0 | 0.75 | 1.00 / 1.00 / 1.00 |" in forward
+    assert "largest batch in fp16 (to an eighth): fusedlm 16,384; G, torch 2, later." in forward
+    assert "G, torch 2, today." in steps
+    assert "later" not in steps
+
+
 def test_there_is_no_summary_of_what_nobody_was_compared_with() -> None:
     with pytest.raises(ValueError, match="no forward pass beside a peer"):
         summary([measured("fusedlm", 1e-5)], "a GPU")

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -294,6 +295,19 @@ def test_a_peer_without_a_backward_pass_is_timed_forward_alone(peers: dict[str, 
     ]  # fmt: skip
 
 
+def test_a_peer_without_a_backward_pass_is_compiled_forward_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    directions = []
+
+    def function(x: torch.Tensor, **_: Any) -> torch.Tensor:
+        directions.append("backward" if torch.is_grad_enabled() else "forward")
+        return x
+
+    monkeypatch.setitem(CASES, "linear_gelu", _small("linear_gelu"))
+    monkeypatch.setattr("benchmarks.prepare.peers_of", lambda case, shape: {"peer": Peer(function, trains=False)})
+    run_job(Job("compile", "linear_gelu"), "cpu")
+    assert directions == ["forward"]
+
+
 def test_what_is_refused_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.ops.environment", lambda commit: MACHINE)
     monkeypatch.setattr("benchmarks.ops.measured_limits", lambda device: LIMITS)
@@ -332,6 +346,20 @@ def test_jobs_that_find_no_memory_are_done_again_alone(monkeypatch: pytest.Monke
     assert pools == [2, 1]
     broken = prepare([Job("check", "broken")], processes=1, do=do)
     assert broken.refused == {"broken": "an illegal memory access"}
+
+
+def _crash(job: Job) -> float:
+    """A kernel that takes its process along; what it does not name is well."""
+    if job.op == "crashes":
+        os._exit(1)
+    return 1.0
+
+
+def test_an_op_that_takes_its_process_along_costs_no_other_its_figures() -> None:
+    well = Job("check", "well")  # in the same process, behind it
+    done = prepare([Job("check", "crashes"), well], processes=1, do=_crash)
+    assert done.seconds == {well: 1.0}
+    assert done.refused.keys() == {"crashes"}
 
 
 def test_sets_of_inputs_go_past_the_cache() -> None:

@@ -74,9 +74,9 @@ class LossScale:
 
 
 def first_nonfinite(model: nn.Module, backward: Backward) -> str:
-    """Where numbers stop being finite in a step that is computed again: the first module whose output is not (those within
-    it come first), else the parameter nearest to the loss whose gradient is not. Of this rank; empty where all of it is
-    finite."""
+    """Where numbers stop being finite in a step that is computed again: the first module whose output is not (those
+    within it come first), else the parameter nearest to the loss whose gradient is not. Of this rank; empty where all
+    of it is finite."""
     found: list[str] = []
 
     def look(name: str) -> Hook:
