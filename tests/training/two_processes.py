@@ -4,15 +4,16 @@ SPEC: JSON, a list of runs: {"folder", "resume", "overrides", "sections"}. The f
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fusedlm.training import run
 from fusedlm.training.config import make_config
 from fusedlm.training.judge import TrainingError
-from fusedlm.training.run import train
 
 
 class Losses:
@@ -40,11 +41,13 @@ class Losses:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")  # once for all runs
+    if os.environ["RANK"] != "0":
+        del run.first_model  # none but the first makes a whole model
     for spec in json.loads(sys.argv[1]):
         config = make_config(None, None, spec["overrides"], **spec["sections"])
         folder = Path(spec["folder"])
         losses = Losses(folder.with_name(f"{folder.name}.json"))
         try:
-            train(config, folder, resume=spec.get("resume", False), device="cpu", observers=[losses])
+            run.train(config, folder, resume=spec.get("resume", False), device="cpu", observers=[losses])
         except TrainingError as error:  # on every rank, so that the next run can begin
             folder.with_name(f"{folder.name}.error").write_text(str(error))

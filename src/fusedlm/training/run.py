@@ -18,6 +18,7 @@ from fusedlm.training.config import RunConfig, model_config, read_toml, validate
 from fusedlm.training.datasets import open_dataset
 from fusedlm.training.fit import fitting_micro_batches
 from fusedlm.training.loggers import loggers
+from fusedlm.training.lora import add_lora
 from fusedlm.training.metrics import METRICS_FILE, MetricsFile, Observer
 from fusedlm.training.ranks import Ranks, join_ranks
 from fusedlm.training.trainer import Result, Sample, Trainer
@@ -67,11 +68,12 @@ def train(
             _open(config, where, observers, offline, cache_dir)
         ranks.gather(None)  # the others wait for the dataset
         dataset = _open(config, where, observers, offline, cache_dir)
-        model = first_model(config, dataset, ranks.device, offline=offline, cache_dir=cache_dir)
-        config = _with_micro_batches(config, model.config, ranks)
+        models = _models(config, dataset, ranks, offline, cache_dir)
+        config = _with_micro_batches(config, models["model"].config, ranks)
         own = [MetricsFile(where / METRICS_FILE), *loggers(config, where)] if ranks.first else []
-        parts: dict[str, Any] = {"model": model, "dataset": dataset, "ranks": ranks, "profile": profile}
-        trainer = Trainer(config, where, observers=[*own, *observers], sample=sample, **parts)
+        parts: dict[str, Any] = {"dataset": dataset, "ranks": ranks, "profile": profile, "sample": sample}
+        trainer = Trainer(config, where, observers=[*own, *observers], **parts, **models)
+        models.clear()  # the whole model must not outlive its division
         if resume:
             trainer.resume()
         if ranks.first:  # only now is it known that a run can go on with these settings
@@ -90,7 +92,35 @@ def read_run(folder: Path) -> RunConfig:
 def first_model(
     config: RunConfig, dataset: Dataset, device: torch.device, *, offline: bool = False, cache_dir: Path | None = None
 ) -> DecoderModel:
-    """The model that a run begins with, its weights drawn or read, on a device. Raises ValueError."""
+    """The model that a run begins with, its weights drawn or read, on a device; with LoRA, its additions are there.
+
+    Raises ValueError.
+    """
+    model = _drawn_or_read(config, dataset, device, offline, cache_dir)
+    if config.lora.rank:
+        add_lora(model, config.lora, config.training.seed)
+    return model
+
+
+def _models(
+    config: RunConfig, dataset: Dataset, ranks: Ranks, offline: bool, cache_dir: Path | None
+) -> dict[str, DecoderModel]:
+    """`model` and `whole`, as `Trainer` takes them. One rank alone draws or reads weights, whatever their number."""
+    options: dict[str, Any] = {"offline": offline, "cache_dir": cache_dir}
+    if ranks.size == 1:
+        return {"model": first_model(config, dataset, ranks.device, **options)}
+    whole = first_model(config, dataset, torch.device("cpu"), **options) if ranks.first else None
+    described: ModelConfig = ranks.gather(whole.config if whole is not None else None)[0]
+    dtype = DTYPES[config.training.precision or "fp32"]
+    model = build_model(described, dropout=config.training.dropout, device="meta", dtype=dtype)
+    if config.lora.rank:
+        add_lora(model, config.lora, config.training.seed)
+    return {"model": model} if whole is None else {"model": model, "whole": whole}
+
+
+def _drawn_or_read(
+    config: RunConfig, dataset: Dataset, device: torch.device, offline: bool, cache_dir: Path | None
+) -> DecoderModel:
     training, settings = config.training, config.model
     dtype = DTYPES[training.precision or "fp32"]
     if settings.init is not None:

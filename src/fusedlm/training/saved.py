@@ -16,7 +16,7 @@ from fusedlm.training.checkpoints import Checkpoints, StateError
 from fusedlm.training.config import RunConfig
 from fusedlm.training.datasets import open_dataset
 from fusedlm.training.evaluation import Evaluated, evaluate
-from fusedlm.training.lora import add_lora, merged
+from fusedlm.training.lora import merged
 from fusedlm.training.publish import model_of
 from fusedlm.training.ranks import Ranks
 from fusedlm.training.run import first_model, read_run
@@ -73,9 +73,7 @@ def _skeleton(
 ) -> DecoderModel:
     """A model of the run's shapes and dtypes; with LoRA, the frozen weights are in it."""
     if config.lora.rank:
-        model = first_model(config, dataset, torch.device("cpu"), offline=offline, cache_dir=cache_dir)
-        add_lora(model, config.lora, config.training.seed)
-        return model
+        return first_model(config, dataset, torch.device("cpu"), offline=offline, cache_dir=cache_dir)
     values = dict(described)  # type: ignore[call-overload]
     dtype = getattr(torch, values["torch_dtype"])
     return build_model(config_from_huggingface(values, where="the checkpoint"), dtype=dtype)

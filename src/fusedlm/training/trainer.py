@@ -29,11 +29,11 @@ from fusedlm.training.config import RunConfig
 from fusedlm.training.evaluation import Evaluated, evaluate
 from fusedlm.training.guard import first_nonfinite
 from fusedlm.training.judge import Judge, batch_of
-from fusedlm.training.lora import add_lora, frozen_fingerprint, merged
+from fusedlm.training.lora import frozen_fingerprint, merged
 from fusedlm.training.memory import peak_memory
 from fusedlm.training.metrics import METRICS_FILE, Observer, Record, read_metrics
 from fusedlm.training.optimizer import Optimizer
-from fusedlm.training.parallel import gathered, shard
+from fusedlm.training.parallel import fill, gathered, shard
 from fusedlm.training.profiling import profiled
 from fusedlm.training.publish import model_of, publish
 from fusedlm.training.randomness import seed_step
@@ -68,7 +68,8 @@ class Result:
 class Trainer:
     """A run in a folder, from its first step or from its last good checkpoint.
 
-    model: with its first weights, on the ranks' device, whole. sample: writes a text; called at evaluations.
+    model: with its first weights, on the ranks' device. Of several ranks it is on "meta", and `whole` has the weights,
+    on the first rank's host; it is not kept. sample: writes a text; called at evaluations.
     profile: a folder for a profile of a few steps, of the first rank.
     """
 
@@ -78,6 +79,7 @@ class Trainer:
         folder: Path,
         *,
         model: DecoderModel,
+        whole: DecoderModel | None = None,
         dataset: Dataset,
         ranks: Ranks,
         observers: Sequence[Observer] = (),
@@ -116,13 +118,13 @@ class Trainer:
         self.tokens_a_step = training.batch_size * self.context
         self.flops_a_token = flops_per_token(model.config, self.context).total
         self.gpu = _known_gpu(ranks.device, self.dtype)
-        if config.lora.rank:
-            add_lora(model, config.lora, training.seed)
-        frozen = frozen_fingerprint(model)
+        frozen = ranks.gather(frozen_fingerprint(whole or model) if ranks.first else None)[0]
         if training.recompute == "blocks":
             recompute_blocks(model)
         cheap = RecomputeCheap(model) if training.recompute == "cheap" else None
         shard(model, config.parallel, ranks)
+        if ranks.size > 1:
+            fill(model, whole, ranks)
         forward = forward_of(model, training)
         self.forward = forward if cheap is None else _inside(cheap, forward)
         self.optimizer = Optimizer(model, training, pure=training.precision == "bf16-pure")
@@ -378,9 +380,9 @@ class Trainer:
 
     def _publish(self) -> None:
         """The model in the parameters' own dtype, for `fusedlm generate --model RUN`."""
-        parameters = merged(gathered(self.model), self.config.lora)
+        parameters = gathered(self.model, self.ranks)
         if self.ranks.first:
-            whole = model_of(self.model.config, parameters)
+            whole = model_of(self.model.config, merged(parameters, self.config.lora))
             publish(whole, self.folder, self.tokenizer, {})
 
     def _say(self, text: str) -> None:
