@@ -51,6 +51,10 @@ def test_later_settings_win(tmp_path: Path) -> None:
         ("data.steps=1", r"unknown key data\.steps; did you mean training\.steps\?"),
         ("trainig.lr=1", r"unknown key trainig; did you mean training\?"),
         ("training.qqqq=1", r"unknown key training\.qqqq; expected one of steps, batch_size"),
+        (
+            "training.min_lr=0.5",
+            r"training\.min_lr is 0\.5; expected a number up to training\.lr, 0\.003",
+        ),
         ("training.lr=-1", r"training\.lr is -1; expected greater than 0"),
         ("training.schedule=cosin", r"training\.schedule is 'cosin'; expected 'cosine', 'linear', 'wsd' or 'constant'"),
         ("training.steps=many", r"training\.steps is 'many'; expected a valid integer"),

@@ -1,5 +1,7 @@
 """Many GPUs: FSDP2 (`fully_shard`), block by block, over all ranks or within replicated groups (HSDP)."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -48,7 +50,7 @@ def fill(model: nn.Module, whole: nn.Module | None, ranks: Ranks) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     model.to_empty(device=ranks.device)
-    values = {} if whole is None else {name: p.detach() for name, p in whole.named_parameters()}
+    values: dict[str, Any] = {} if whole is None else {name: p.detach() for name, p in whole.named_parameters()}
     set_model_state_dict(model, values, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
 
 

@@ -68,12 +68,12 @@ def train(
             _open(config, where, observers, offline, cache_dir)
         ranks.gather(None)  # the others wait for the dataset
         dataset = _open(config, where, observers, offline, cache_dir)
-        models = _models(config, dataset, ranks, offline, cache_dir)
-        config = _with_micro_batches(config, models["model"].config, ranks)
+        model, whole = _models(config, dataset, ranks, offline, cache_dir)
+        config = _with_micro_batches(config, model.config, ranks)
         own = [MetricsFile(where / METRICS_FILE), *loggers(config, where)] if ranks.first else []
         parts: dict[str, Any] = {"dataset": dataset, "ranks": ranks, "profile": profile, "sample": sample}
-        trainer = Trainer(config, where, observers=[*own, *observers], **parts, **models)
-        models.clear()  # the whole model must not outlive its division
+        trainer = Trainer(config, where, model=model, whole=whole, observers=[*own, *observers], **parts)
+        del whole  # it has been divided, and must not take memory while the run lasts
         if resume:
             trainer.resume()
         if ranks.first:  # only now is it known that a run can go on with these settings
@@ -104,18 +104,18 @@ def first_model(
 
 def _models(
     config: RunConfig, dataset: Dataset, ranks: Ranks, offline: bool, cache_dir: Path | None
-) -> dict[str, DecoderModel]:
+) -> tuple[DecoderModel, DecoderModel | None]:
     """`model` and `whole`, as `Trainer` takes them. One rank alone draws or reads weights, whatever their number."""
     options: dict[str, Any] = {"offline": offline, "cache_dir": cache_dir}
     if ranks.size == 1:
-        return {"model": first_model(config, dataset, ranks.device, **options)}
+        return first_model(config, dataset, ranks.device, **options), None
     whole = first_model(config, dataset, torch.device("cpu"), **options) if ranks.first else None
     described: ModelConfig = ranks.gather(whole.config if whole is not None else None)[0]
     dtype = DTYPES[config.training.precision or "fp32"]
     model = build_model(described, dropout=config.training.dropout, device="meta", dtype=dtype)
     if config.lora.rank:
         add_lora(model, config.lora, config.training.seed)
-    return {"model": model} if whole is None else {"model": model, "whole": whole}
+    return model, whole
 
 
 def _drawn_or_read(

@@ -248,7 +248,7 @@ class Trainer:
         config, steps = self.config, self.config.training.steps
         micro_batches = self.micro_batches
         ahead = 1 if self.judge.stops_at_once else 8
-        readings = Readings(self.ranks.device, ahead, together=self.ranks.size > 1)
+        readings = Readings(self.ranks.device, self.clock, ahead, together=self.ranks.size > 1)
         step: Callable[[Sequence[Batch]], Tensor] = CapturedStep(self.step) if self._captured else self.step
         self.model.train()
         self.clock.start(self.done, self._seconds_before())
@@ -302,19 +302,18 @@ class Trainer:
     # What steps gave
 
     def _read(self, readings: Iterator[Reading]) -> None:
-        for index, values in readings:
+        for index, seconds, values in readings:
             done = index + 1
             self.judge(index, values)
             self.losses.append(values["loss"])
             if done % self.config.log.interval == 0 or done == self.config.training.steps:
-                self._record(done, values)
+                self._record(done, seconds, values)
 
-    def _record(self, done: int, values: dict[str, float]) -> None:
+    def _record(self, done: int, seconds: float, values: dict[str, float]) -> None:
         finite = [loss for loss in self.losses if math.isfinite(loss)]
         self.last_loss = sum(finite) / len(finite) if finite else math.nan
         self.losses = []
-        seconds, rate = self.clock.lap(done)
-        speed = rate * self.tokens_a_step
+        speed = self.clock.lap(done, seconds) * self.tokens_a_step
         record = Record(
             step=done,
             tokens=done * self.tokens_a_step,
