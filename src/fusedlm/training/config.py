@@ -262,6 +262,25 @@ def _complaint(error: Any) -> str:
     return f"{path} is {error['input']!r}; expected {expected}"
 
 
+# Names that other trainers give to settings, of those that look nothing like ours.
+_ELSEWHERE = {
+    "learning_rate": "training.lr",
+    "max_lr": "training.lr",
+    "learning_rate_decay": "training.schedule",
+    "lr_scheduler_type": "training.schedule",
+    "grad_clip": "training.max_norm",
+    "max_grad_norm": "training.max_norm",
+    "gradient_accumulation_steps": "training.micro_batches",
+    "max_iters": "training.steps",
+    "block_size": "training.context",
+    "seq_len": "training.context",
+    "n_embd": "model.width",
+    "hidden_size": "model.width",
+    "dtype": "training.precision",
+    "dataset": "data.sources",
+}
+
+
 def _nearest(loc: tuple[Any, ...]) -> str:
     """What an unknown key may have been meant to be: in its own section, or in another one."""
     sections = {name: field.annotation for name, field in RunConfig.model_fields.items()}
@@ -274,7 +293,8 @@ def _nearest(loc: tuple[Any, ...]) -> str:
         near = [f"{loc[0]}.{name}" for name in difflib.get_close_matches(loc[1], keys.get(loc[0], []), n=1)]
         elsewhere = [f"{name}.{loc[1]}" for name, known in keys.items() if loc[1] in known]
         known = keys.get(loc[0], [])
-    guesses = elsewhere or near
+    meant = _ELSEWHERE.get(str(loc[-1]))
+    guesses = elsewhere or ([meant] if meant is not None else near)
     return f"did you mean {' or '.join(guesses)}?" if guesses else f"expected one of {', '.join(known)}"
 
 

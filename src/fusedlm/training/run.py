@@ -1,8 +1,10 @@
 """`train`: a run from a configuration, in a new folder, or one that goes on in its own."""
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from fusedlm.training.ranks import Ranks, join_ranks
 from fusedlm.training.trainer import Result, Sample, Trainer
 
 RUN_FILE = "run.toml"
+LOCK_FILE = ".lock"
 DTYPES = {
     "fp32": torch.float32,
     "tf32": torch.float32,
@@ -63,9 +66,10 @@ def train(
         _cores(ranks)
         if ranks.first:
             if not resume:
-                _claim(where, config)
+                stack.enter_context(_claimed(where, config))
             stack.enter_context(_only_process(where))
-            _open(config, where, observers, offline, cache_dir)
+            prepared = _open(config, where, observers, offline, cache_dir)
+            prepared.verify_changed(partial(_say, observers))
         ranks.gather(None)  # the others wait for the dataset
         dataset = _open(config, where, observers, offline, cache_dir)
         model, whole = _models(config, dataset, ranks, offline, cache_dir)
@@ -138,12 +142,22 @@ def _drawn_or_read(
     return model.to(device, dtype)
 
 
-def _claim(folder: Path, config: RunConfig) -> None:
-    """Make the run's folder and write its configuration there, so that it can go on from here."""
+@contextmanager
+def _claimed(folder: Path, config: RunConfig) -> Iterator[None]:
+    """Make the run's folder and write its configuration there, so that it can go on from here.
+
+    Where an error ends the run before it has anything else, the folder goes again: the next try needs no other name.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists already; expected a new folder, or --resume {folder} to go on")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / RUN_FILE, config.to_toml())
+    try:
+        yield
+    except Exception:
+        if {path.name for path in folder.rglob("*") if path.is_file()} <= {RUN_FILE, LOCK_FILE}:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 @contextmanager
@@ -151,7 +165,7 @@ def _only_process(folder: Path) -> Iterator[None]:
     """Raises ValueError where another process trains in the folder. However that one ends, the system lets go."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        with FileLock(folder / LOCK_FILE, timeout=0):
             yield
     except Timeout:
         raise ValueError(f"another process trains in {folder}; expected it to end first") from None
@@ -160,11 +174,13 @@ def _only_process(folder: Path) -> Iterator[None]:
 def _open(
     config: RunConfig, folder: Path, observers: Sequence[Observer], offline: bool, cache_dir: Path | None
 ) -> Dataset:
-    def say(text: str) -> None:
-        for observer in observers:
-            observer.say(text)
+    where, say = folder / "data", partial(_say, observers)
+    return open_dataset(config.data, where, offline=offline, cache_dir=cache_dir, say=say)
 
-    return open_dataset(config.data, folder / "data", offline=offline, cache_dir=cache_dir, say=say)
+
+def _say(observers: Sequence[Observer], text: str) -> None:
+    for observer in observers:
+        observer.say(text)
 
 
 def _with_precision(config: RunConfig, device: torch.device) -> RunConfig:

@@ -1,5 +1,6 @@
 """A run's model from one of its checkpoints, and a model's loss on a text."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,17 +38,18 @@ def saved_model(
     *,
     step: int | None = None,
     masters: bool = False,
+    warn: Callable[[str], None] = lambda text: None,
     offline: bool = False,
     cache_dir: Path | None = None,
 ) -> SavedModel:
     """The model of a run's checkpoint, the last good one or that of a step, on the CPU, LoRA merged.
 
-    masters: the optimizer's fp32 weights in place of 16-bit ones. Raises ValueError where there is no run, StateError
-    where there is no such checkpoint.
+    masters: the optimizer's fp32 weights in place of 16-bit ones. warn: is told of checkpoints that are damaged.
+    Raises ValueError where there is no run, StateError where there is no such checkpoint.
     """
     config = read_run(folder)
     checkpoints = Checkpoints(folder / "checkpoints")
-    found = checkpoints.last_good() if step is None else checkpoints.verify(step)
+    found = checkpoints.last_good(warn) if step is None else checkpoints.verify(step)
     if found is None:
         raise StateError(f"{folder} has no checkpoint yet")
     ranks = Ranks(0, 1, torch.device("cpu"))

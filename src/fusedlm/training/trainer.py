@@ -205,6 +205,10 @@ class Trainer:
             with ExitStack() as stack:
                 interrupts = stack.enter_context(Interrupts())
                 self._tell(lambda observer: observer.begin(self, self.done))
+                if self.rows is None and self.config.evaluation.interval:
+                    self._say(
+                        "the dataset has no split val, so no validation loss; data.val_fraction=0.1 would make one"
+                    )
                 stack.enter_context(self._surroundings())
                 stack.callback(self.saver.close)
                 interrupted = self._loop(interrupts)
