@@ -49,6 +49,7 @@ def test_a_text_becomes_a_model_that_generates(run: Callable[..., Any], text: Pa
         (["--preset", "gpt"], "unknown preset 'gpt'; did you mean gpt2"),
         (["--resume", "there/is/none"], "holds no run"),
         (["--resume", "x", "--preset", "gpt2"], "--preset is given with --resume; a run goes on with its own settings"),
+        (["--lora", 4], "--lora is 4, and there is no --init"),
         (["--data", "nosuchfile.txt"], "there is no file, folder or named set 'nosuchfile.txt'"),
     ],
 )
@@ -58,3 +59,23 @@ def test_what_is_refused(run: Callable[..., Any], arguments: list[str], said: st
     assert done.code == 1
     assert said in done.err
     assert done.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()  # so that the next try may have its name
+
+
+def test_a_text_of_ones_own_is_continued_from_its_own_beginning(
+    run: Callable[..., Any], text: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    done = run("train", "--data", text, "--steps", 1, *SMALL, "-o", folder, "--device", "cpu")
+    assert done.code == 0, done.err
+    assert "--- step 1\n\n" in (folder / "samples.txt").read_text()
+
+
+def test_documents_without_a_split_val_say_so(run: Callable[..., Any], tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a cat sat on a mat, and a rat sat on a cat"}\n' * 3, encoding="utf-8")
+    done = run(
+        "train", "--data", rows, "-t", "characters", "--steps", 1, *SMALL, "-o", tmp_path / "run", "--device", "cpu"
+    )
+    assert done.code == 0, done.err
+    assert "no split val, so no validation loss; data.val_fraction=0.1 would make one" in done.err

@@ -214,3 +214,19 @@ def test_a_dataset_json_that_contradicts_itself(characters_dataset: Build) -> No
         Dataset(folder)
     with pytest.raises(DataError, match=r"holds no dataset\.json"):
         Dataset(folder / "nowhere")
+
+
+def test_only_files_that_were_written_to_are_read(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("a cat sat on the mat\n" * 50, encoding="utf-8")
+    prepare(find_sources([tmp_path / "text.txt"]), tmp_path / "data", "characters")
+    dataset, said = Dataset(tmp_path / "data"), list[str]()
+    dataset.verify_changed(said.append)
+    assert not said
+    shard = tmp_path / "data" / "train_00000.bin"
+    content = shard.read_bytes()
+    shard.write_bytes(content)
+    dataset.verify_changed(said.append)
+    assert said[0].startswith(f"1 files of {tmp_path / 'data'} are newer than its dataset.json: reading 0.0 MB")
+    shard.write_bytes(content[:9] + bytes([content[9] ^ 1]) + content[10:])
+    with pytest.raises(DataError, match=r"train_00000\.bin has SHA-256"):
+        dataset.verify_changed()

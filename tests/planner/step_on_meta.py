@@ -68,9 +68,12 @@ class Allocations(TorchDispatchMode):
 def peak(case: dict[str, Any]) -> int:
     """Bytes at the peak of a step that is not the first."""
     config = replace(PRESETS[case["preset"]], **case.get("config", {}))
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[case.get("dtype", "bf16")]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[case.get("dtype", "bf16")]
     with Allocations() as allocations, backend("triton"):
         model = build_model(config, device="meta", dtype=dtype, dropout=case.get("dropout", 0.0))
+        if dtype == torch.float16 or case.get("grad_dtype") == "fp32":
+            for p in model.parameters():
+                p.grad_dtype = torch.float32
         states = {"fp32": torch.float32, "bf16": torch.bfloat16}[case.get("state_dtype", "fp32")]
         optimizer = AdamW(
             model.parameters(), max_norm=1.0, master_weights=case.get("masters", True), state_dtype=states

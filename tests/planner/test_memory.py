@@ -37,6 +37,13 @@ CASES: list[dict[str, Any]] = [
     {"preset": "gpt2", "batch": 4, "context": 1024, "dtype": "fp32", "dropout": 0.1},
     {"preset": "gpt2", "batch": 1, "context": 64},
     {"preset": "gpt2", "batch": 8, "context": 1024, "accumulate": True},
+    {"preset": "gpt2", "batch": 8, "context": 1024, "dtype": "fp16"},
+    {"preset": "gpt2", "batch": 1, "context": 64, "dtype": "fp16"},
+    {"preset": "gpt2", "batch": 8, "context": 1024, "dtype": "fp16", "accumulate": True},
+    {"preset": "smollm2-135m", "batch": 4, "context": 2048, "grad_dtype": "fp32", "accumulate": True},
+    {"preset": "smollm2-135m", "batch": 1, "context": 64, "dtype": "fp16", "recompute": "blocks"},
+    {"preset": "llama-3.1-8b", "batch": 1, "context": 128, "config": SHORT, "dtype": "fp16"},
+    {"preset": "llama-3.1-8b", "batch": 1, "context": 128, "config": SHORT, "dtype": "fp16", "accumulate": True},
     {"preset": "gpt2-medium", "batch": 128, "context": 1024, "config": SHORT},
     {"preset": "gpt2-xl", "batch": 512, "context": 512, "config": SHORT, "recompute": "cheap"},
     {"preset": "smollm2-135m", "batch": 64, "context": 2048, "dropout": 0.1, "config": SHORT},
@@ -95,7 +102,11 @@ def test_precisions() -> None:
         planned(GPT2, masters=False, state_dtype="bf16"),
     )
     assert planned(GPT2, dtype="tf32") == fp32
-    assert planned(GPT2, dtype="fp16") == bf16
+    fp16 = planned(GPT2, dtype="fp16")  # with gradients in fp32
+    assert fp16 == planned(GPT2, grad_dtype="fp32")
+    assert fp16.parts["weights"] == bf16.parts["weights"]
+    summed = [planned(GPT2, dtype=dtype, accumulate=True).parts["gradients"] for dtype in ("fp16", "bf16")]
+    assert summed[0] == pytest.approx(2 * summed[1], abs=512)
     assert fp32.parts["masters"] == pure.parts["masters"] == 0
     assert fp32.parts["weights"] == pytest.approx(2 * bf16.parts["weights"], abs=512)
     assert bf16.parts["optimizer"] == fp32.parts["optimizer"] == pytest.approx(2 * pure.parts["optimizer"], abs=512)
@@ -132,6 +143,7 @@ def test_the_largest_batch_fits_and_one_more_does_not(recompute: Any) -> None:
         ("context", 2.0, "context is 2.0; expected a whole number"),
         ("gpus", True, "gpus is True; expected a whole number"),
         ("dtype", "int8", "dtype is 'int8'; expected one of fp32, tf32, bf16, fp16, fp8"),
+        ("grad_dtype", "bf16", "grad_dtype is 'bf16'; expected one of same, fp32"),
         ("state_dtype", "fp16", "state_dtype is 'fp16'; expected one of fp32, bf16"),
         ("recompute", "all", "recompute is 'all'; expected one of none, cheap, blocks"),
     ],

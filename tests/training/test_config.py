@@ -1,11 +1,13 @@
 """Settings: presets, TOML, overrides, and what is refused."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fusedlm.models import PRESETS as MODELS
 from fusedlm.models import GPT2Config, LlamaConfig
+from fusedlm.training import config
 from fusedlm.training.config import (
     ModelSettings,
     RunConfig,
@@ -47,10 +49,16 @@ def test_later_settings_win(tmp_path: Path) -> None:
     ("override", "said"),
     [
         ("training.lrr=1", r"unknown key training\.lrr; did you mean training\.lr\?"),
+        ("training.learning_rate=1", r"unknown key training\.learning_rate; did you mean training\.lr\?"),
+        ("grad_clip=1", r"unknown key grad_clip; did you mean training\.max_norm\?"),
         ("lr=1", r"unknown key lr; did you mean training\.lr\?"),
         ("data.steps=1", r"unknown key data\.steps; did you mean training\.steps\?"),
         ("trainig.lr=1", r"unknown key trainig; did you mean training\?"),
         ("training.qqqq=1", r"unknown key training\.qqqq; expected one of steps, batch_size"),
+        (
+            "training.min_lr=0.5",
+            r"training\.min_lr is 0\.5; expected a number up to training\.lr, 0\.003",
+        ),
         ("training.lr=-1", r"training\.lr is -1; expected greater than 0"),
         ("training.schedule=cosin", r"training\.schedule is 'cosin'; expected 'cosine', 'linear', 'wsd' or 'constant'"),
         ("training.steps=many", r"training\.steps is 'many'; expected a valid integer"),
@@ -94,3 +102,19 @@ def test_models_from_sizes() -> None:
 
 def test_defaults_are_a_configuration() -> None:
     assert validate({}, "nothing") == RunConfig()
+
+
+def test_names_of_other_trainers_lead_to_settings_there_are() -> None:
+    sections = {name: field.annotation for name, field in RunConfig.model_fields.items()}
+    for theirs, ours in config._ELSEWHERE.items():
+        section, key = ours.split(".")
+        known: Any = sections[section]
+        assert key in known.model_fields
+        assert theirs not in known.model_fields
+
+
+def test_additions_take_a_higher_learning_rate() -> None:
+    plain, lora = make_config("finetune"), make_config("finetune-lora", None, ["lora.rank=4"])
+    assert (plain.lora.rank, lora.lora.rank) == (0, 4)
+    assert lora.training.lr == 10 * plain.training.lr
+    assert lora.training.model_copy(update={"lr": plain.training.lr}) == plain.training

@@ -51,6 +51,8 @@ def test_schedules() -> None:
     assert wsd[10:71] == [1.0] * 61
     assert wsd[85] == pytest.approx(1 - 0.9 * 15 / 29)
     assert Schedule("cosine", 5, 10, 0.1, 0.2)(4) == 0.5  # warm-up alone
+    assert Schedule.of(TrainingConfig(lr=3e-4)).floor == 0.1  # whatever the highest one is
+    assert Schedule.of(TrainingConfig(lr=3e-4, min_lr=3e-4)).floor == 1.0
 
 
 def test_steps_equal_torchs_adamw() -> None:
@@ -169,5 +171,6 @@ def test_micro_batches_are_one_large_batch(run: Callable[..., Any]) -> None:
 def test_presets_are_what_nanogpt_has() -> None:
     config: RunConfig = make_config("shakespeare-char")
     training = config.training
-    assert (training.lr, training.min_lr, training.warmup, training.steps) == (1e-3, 1e-4, 100, 5000)
+    assert (training.lr, training.warmup, training.steps) == (1e-3, 100, 5000)
+    assert Schedule.of(training).floor * training.lr == pytest.approx(1e-4)
     assert (training.batch_size, training.dropout, training.betas, training.weight_decay) == (64, 0.2, (0.9, 0.99), 0.1)

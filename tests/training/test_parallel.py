@@ -12,12 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-SCRIPT = Path(__file__).with_name("two_processes.py")
 
-
-def torchrun(specs: list[dict[str, Any]], processes: int = 2) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.run([*command, str(SCRIPT), json.dumps(specs)], capture_output=True, text=True, timeout=120)
+def torchrun(argument: str, script: str = "two_processes.py") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    path = str(Path(__file__).with_name(script))
+    return subprocess.run([*command, path, argument], capture_output=True, text=True, timeout=120)
 
 
 VARIANTS = {
@@ -25,6 +24,7 @@ VARIANTS = {
     "stage 2": ["parallel.reshard_after_forward=false", "training.micro_batches=2"],
     "replicas": ["parallel.replicas=2", "training.recompute=cheap"],
     "muon, blocks": ["training.optimizer=muon", "training.recompute=blocks"],
+    "lora": ["lora.rank=2", "parallel.reshard_after_forward=true"],
     "chats": ["data.documents=separate", "training.spike_sigmas=9"],
 }
 
@@ -40,7 +40,7 @@ def two(dataset_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"folder": str(folder / name), "overrides": overrides, "sections": sections}
         for name, overrides in VARIANTS.items()
     ]
-    done = torchrun(specs)
+    done = torchrun(json.dumps(specs))
     assert done.returncode == 0, done.stderr[-5000:]
     return folder
 
@@ -87,7 +87,7 @@ def test_two_hundred_steps(device: str, configure: Callable[..., Any], heard_of:
     for name, more in stages.items():
         sections = configure(*settings, *more).model_dump(exclude_none=True)
         specs.append({"folder": str(tmp_path / name), "overrides": [], "sections": sections, "device": device})
-    done = torchrun(specs)
+    done = torchrun(json.dumps(specs))
     assert done.returncode == 0, done.stderr[-5000:]
     one = heard_of()
     train(configure(*settings), tmp_path / "one", device=device, observers=[one])
@@ -123,10 +123,20 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(
     broken = {**spec, "overrides": ["training.seed=3"]}
     lost = {"folder": str(tmp_path / "lost"), "sections": sections}
     lost["overrides"] = ["training.lr=1e30", "training.max_skipped=3"]  # the first update makes products overflow
-    done = torchrun([lost, spec, broken])
+    done = torchrun(json.dumps([lost, spec, broken]))
     assert done.returncode != 0
     assert "was made with seed 1337, and the run has 3" in done.stderr
     assert told(tmp_path / "two")["losses"] == pytest.approx(whole.losses[4:], abs=2e-5)
     assert (tmp_path / "lost.error").read_text().startswith("step 4, micro-batch 1 of 1: the output of blocks.")
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "two"))
     assert all((tensor - theirs[key]).norm() <= 2e-3 * tensor.norm() + 1e-5 for key, tensor in ours.items())
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is measured by Linux")
+def test_a_rank_never_holds_the_whole_model(tmp_path: Path) -> None:
+    done = torchrun(str(tmp_path), "memory_of_ranks.py")
+    assert done.returncode == 0, done.stderr[-5000:]
+    for rank in range(2):
+        told = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert told["parts"] > 70e6
+        assert told["parts"] * 0.9 < told["peak"] < told["parts"] * 1.5  # the whole would be 2, beside its part 3

@@ -172,7 +172,8 @@ def test_damage_is_named_and_the_last_good_one_found(run: Callable[..., Any], ki
 
     damage(kind, folder / "step-00000008")
     (folder / "step-00000004" / "__0_0.distcp").unlink()
-    with pytest.raises(StateError, match=r"all 2 checkpoints in .* are damaged"):
+    both = r"all 2 checkpoints in .* are damaged: .*step-00000008/.*; .*step-00000004/__0_0\.distcp is missing"
+    with pytest.raises(StateError, match=both):
         run("run", resume=True)
 
 
@@ -198,6 +199,9 @@ def test_a_dataset_that_changes_under_a_run(run: Callable[..., Any], tmp_path: P
     run("run", f"data.sources=['{folder}']", "training.steps=4")
     shard = folder / "train_00000.bin"
     content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # of the same size
+    with pytest.raises(DataError, match=r"train_00000\.bin has SHA-256 .*; expected .* changed or damaged"):
+        run("run", f"data.sources=['{folder}']", resume=True)
     shard.write_bytes(content[:-2])
     with pytest.raises(DataError, match=r"train_00000\.bin has .* bytes; expected"):
         run("run", f"data.sources=['{folder}']", resume=True)

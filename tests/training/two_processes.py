@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fusedlm.training import run
 from fusedlm.training.config import make_config
 from fusedlm.training.judge import TrainingError
-from fusedlm.training.run import train
 
 
 class Gathers(TorchDispatchMode):
@@ -69,12 +69,14 @@ if __name__ == "__main__":
     if "cuda" in devices:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in devices else "gloo")  # once for all runs
+    if os.environ["RANK"] != "0":
+        del run.first_model  # none but the first makes a whole model
     for spec in specs:
         config = make_config(None, None, spec["overrides"], **spec["sections"])
         folder = Path(spec["folder"])
         losses = Losses(folder.with_name(f"{folder.name}.json"))
         try:
             device = spec.get("device", "cpu")
-            train(config, folder, resume=spec.get("resume", False), device=device, observers=[losses])
+            run.train(config, folder, resume=spec.get("resume", False), device=device, observers=[losses])
         except TrainingError as error:  # on every rank, so that the next run can begin
             folder.with_name(f"{folder.name}.error").write_text(str(error))

@@ -24,7 +24,10 @@ def export(
     from fusedlm.checkpoint.load import new_directory, save_checkpoint
     from fusedlm.training.saved import saved_model
 
-    found = saved_model(run, step=step, masters=masters, offline=offline, cache_dir=cache_dir)
+    def warn(text: str) -> None:
+        typer.echo(f"{text}; an earlier checkpoint is tried", err=True)
+
+    found = saved_model(run, step=step, masters=masters, warn=warn, offline=offline, cache_dir=cache_dir)
     with new_directory(output) as folder:
         save_checkpoint(found.model, folder, tokenizer=found.tokenizer)
     dtype = str(found.model.embedding.weight.dtype).removeprefix("torch.")

@@ -24,6 +24,9 @@ def plan(
     context: Annotated[int | None, typer.Option(help="Tokens of each.", show_default="the model's")] = None,
     dtype: Annotated[str, typer.Option(help="fp32, tf32, bf16, fp16 or fp8.")] = "bf16",
     masters: Annotated[bool, typer.Option(help="Keep fp32 copies of 16-bit weights.")] = True,
+    grad_dtype: Annotated[
+        str, typer.Option(help="Of gradients: same (as the weights) or fp32; those of fp16 always are fp32.")
+    ] = "same",
     state_dtype: Annotated[str, typer.Option(help="Of the optimizer's moments: fp32 or bf16.")] = "fp32",
     dropout: Annotated[bool, typer.Option("--dropout", help="There is dropout.")] = False,
     recompute: Annotated[
@@ -59,6 +62,7 @@ def plan(
         "headroom": headroom,
         "dtype": dtype,
         "masters": masters,
+        "grad_dtype": grad_dtype,
         "state_dtype": state_dtype,
         "dropout": dropout,
         "recompute": recompute,

@@ -58,12 +58,16 @@ def train(
         folder = resume
         chosen = override_config(read_run(folder), overrides)
     else:
-        name = preset or (None if config is not None else DEFAULT if init is None else "finetune")
+        if lora and init is None and config is None:
+            raise ValueError(f"--lora is {lora}, and there is no --init; expected a model for the additions to be to")
+        name = preset or (None if config is not None else _default_preset(init, lora))
         sections: dict[str, dict[str, Any]] = {
             "data": _given(sources=data, tokenizer=tokenizer),
             "model": _given(init=init),
             "lora": _given(rank=lora),
         }
+        if data and name == DEFAULT and preset is None:  # whose own text is Python's
+            sections["evaluation"] = {"prompt": "\n"}
         chosen = make_config(name, config, overrides, **sections)
         folder = out or _new_folder(chosen)
     result = run(
@@ -86,6 +90,12 @@ def train(
     best = "" if result.best_val_loss is None else f", best validation loss {result.best_val_loss:.4f}"
     typer.echo(f"{folder}: {result.steps:,} steps{best}")
     typer.echo(f"try it: fusedlm generate {_quoted(chosen.evaluation.prompt)} --model {folder}")
+
+
+def _default_preset(init: str | None, lora: int | None) -> str:
+    from fusedlm.training.presets import DEFAULT
+
+    return DEFAULT if init is None else "finetune-lora" if lora else "finetune"
 
 
 def _given(**values: Any) -> dict[str, Any]:

@@ -30,8 +30,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 class Dataset:
     """The dataset in a folder that `prepare` has finished.
 
-    Opening it checks that every file is there and has its size, `verify` reads them all. A shard whose file changes
-    later is noticed when it is next read.
+    Opening it checks that every file is there and has its size, `verify_changed` reads those that were written to since
+    then, `verify` reads them all. A shard whose file changes later is noticed when it is next read.
     Raises DataError, which names the file, what was found and what is expected.
     """
 
@@ -100,6 +100,19 @@ class Dataset:
                 f"{self.fingerprint[:12]}..., expected {expected[:12]}.... Give the run its own dataset, or start "
                 "a new run"
             )
+
+    def verify_changed(self, say: Callable[[str], None] = lambda text: None) -> None:
+        """Read those files of shards that were written to after dataset.json was, and compare with it.
+
+        They may be copies, or not what they were. say: is told that this may take a while. Raises DataError.
+        """
+        prepared = (self.folder / DATASET_FILE).stat().st_mtime_ns
+        files = [file for split in self.splits.values() for file in split.files() if _check_size(*file) > prepared]
+        if files:
+            size = sum(facts.bytes for _, facts in files)
+            say(f"{len(files)} files of {self.folder} are newer than its {DATASET_FILE}: reading {size / 1e6:,.1f} MB")
+        for path, facts in files:
+            _check_content(path, facts)
 
     def verify(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Read everything and compare with dataset.json. progress: takes bytes done and in all.

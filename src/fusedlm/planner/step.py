@@ -59,7 +59,7 @@ class _Step:
         self.config, self.training, self.gpu = config, training, gpu
         self.ledger, self.layer, self.parameters = Ledger(), Layer.of(config), parameters(config)
         self.gpt2 = isinstance(config, GPT2Config)
-        self.M, self.e = training.tokens, training.width
+        self.M, self.e, self.g = training.tokens, training.width, training.gradient_width
         self.fp8 = training.dtype == "fp8"
         self.sharded = training.gpus > 1
         self.whole: list[Held] = []  # gradients that are not divided yet
@@ -138,9 +138,30 @@ class _Step:
         if self.sharded:
             self.whole.append(self.ledger.take("workspace", count * self.e))
         elif self.training.accumulate:
-            self.ledger.give(self.ledger.take("workspace", count * self.e))
+            self.ledger.give(self.widened("workspace", count))
         else:
-            self.ledger.take("gradients", count * self.e)
+            self.widened("gradients", count)
+
+    def widened(self, part: str, count: int, workspace: float = 0) -> Held:
+        """The gradient of `count` parameters in the dtype that is kept, a copy where that is wider than theirs.
+
+        workspace: bytes that computing it takes beside it.
+        """
+        narrow = self.ledger.take(part if self.g == self.e else "workspace", count * self.e)
+        self.ledger.give(self.ledger.take("workspace", workspace))
+        if self.g == self.e:
+            return narrow
+        wide = self.ledger.take(part, count * self.g)
+        self.ledger.give(narrow)
+        return wide
+
+    def table_gradient(self, part: str, count: int, workspace: float = 0) -> Held:
+        """Of the embedding or the head. FSDP divides it before it is widened."""
+        if not self.sharded:
+            return self.widened(part, count, workspace)
+        held = self.ledger.take(part, count * self.e)
+        self.ledger.give(self.ledger.take("workspace", workspace))
+        return held
 
     def bias_sums(self, N: int) -> None:
         """Of N biases: partial sums over parts of the rows, in blocks of columns; see kernels/_columns.py."""
@@ -160,7 +181,7 @@ class _Step:
         """FSDP: of gradients that are whole, and summed over GPUs, each keeps its part."""
         for held in self.whole:
             if not self.training.accumulate:
-                self.ledger.take("gradients", held[1] / self.training.gpus)
+                self.ledger.take("gradients", held[1] / self.e * self.g / self.training.gpus)
             self.ledger.give(held)
         self.whole = []
 
@@ -224,7 +245,7 @@ class _Step:
         for part, size in fixed_bytes(self.config, training).items():
             take(part, size)
         if training.accumulate:
-            take("gradients", self.parameters.total * self.e / training.gpus)
+            take("gradients", self.parameters.total * self.g / training.gpus)
         take("workspace", 2 * blas_workspace(self.gpu))  # for the thread that goes forward and the one that goes back
         take("workspace", 2 * self.M * 8)  # ids and targets
         take("workspace", 16 * self.parameters.total / 1024 / training.gpus)  # the optimizer's table of chunks
@@ -255,10 +276,10 @@ class _Step:
         self, last: dict[str, Held], blocks: list[dict[str, Held]], inputs: list[list[Held]], loss: tuple[Held, Held]
     ) -> None:
         config, training, ledger = self.config, self.training, self.ledger
-        table, n = config.vocab_size * config.width * self.e, config.n_layers
+        table, n = config.vocab_size * config.width, config.n_layers
         part = "workspace" if self.sharded or training.accumulate else "gradients"
         ledger.moment = "backward of the loss"
-        dy, head = self.residual(self.x), ledger.take(part, table)
+        dy, head = self.residual(self.x), self.table_gradient(part, table)
         ledger.give(*loss)
         at_once = training.accumulate and not self.sharded  # a gradient is summed as soon as it is whole
         if at_once and not config.tied:
@@ -277,11 +298,12 @@ class _Step:
             if training.recompute == "blocks" and i > 0:
                 ledger.give(*inputs[i])
         ledger.moment = "backward of the embedding"
+        positions = ledger.take("workspace", self.parameters.positions * self.e)  # of the same op as the table's
+        chunks = -(-self.M // 32)  # sums of runs of ids that cross chunks; and the ids, sorted
+        embedding = self.table_gradient(part, table, chunks * config.width * 4 * 2 + self.M * 24)
+        ledger.give(dr, positions)
         if self.parameters.positions:
             self.gradient(self.parameters.positions)
-        embedding = ledger.take(part, table)
-        chunks = -(-self.M // 32)  # sums of runs of ids that cross chunks; and the ids, sorted
-        ledger.give(ledger.take("workspace", chunks * config.width * 4 * 2 + self.M * 24), dr)
         if config.tied or at_once:  # added to the head's, or to what there was
             ledger.give(embedding)
         if self.sharded:

@@ -21,8 +21,9 @@ class Training:
     batch: sequences that a GPU takes at once. context: tokens of each. dtype: fp32 and tf32 keep everything in fp32;
     bf16 and fp16 keep weights, gradients and activations in two bytes; fp8 is bf16 whose blocks' products have fp8
     inputs, kept so for the backward pass, and fp8 copies of their weights (an estimate: nothing here trains so).
-    masters: weights of two bytes have fp32 copies that the optimizer updates. state_dtype: of AdamW's two moments,
-    "fp32" or "bf16". dropout: whether there is any. recompute: what is computed anew in the backward pass and not kept:
+    masters: weights of two bytes have fp32 copies that the optimizer updates. grad_dtype: "same" as the weights', or
+    "fp32", which those of fp16 always are, for their scale is divided out. state_dtype: of AdamW's two moments, "fp32"
+    or "bf16". dropout: whether there is any. recompute: what is computed anew in the backward pass and not kept:
     "none"; "cheap": outputs of norms, GELU and SwiGLU; "blocks": everything but the inputs of each block.
     accumulate: gradients of one batch stay while the next is computed. gpus: weights, gradients, masters and moments
     are divided among so many (FSDP). Raises ValueError for what cannot be.
@@ -32,6 +33,7 @@ class Training:
     context: int
     dtype: str = "bf16"
     masters: bool = True
+    grad_dtype: str = "same"
     state_dtype: str = "fp32"
     dropout: bool = False
     recompute: Recompute = "none"
@@ -43,15 +45,25 @@ class Training:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is {value!r}; expected a whole number, 1 or more")
-        choices = {"dtype": DTYPES, "state_dtype": ("fp32", "bf16"), "recompute": ("none", "cheap", "blocks")}
+        choices = {
+            "dtype": DTYPES,
+            "grad_dtype": ("same", "fp32"),
+            "state_dtype": ("fp32", "bf16"),
+            "recompute": ("none", "cheap", "blocks"),
+        }
         for name, expected in choices.items():
             if getattr(self, name) not in expected:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(expected)}")
 
     @property
     def width(self) -> int:
-        """Bytes of a weight, a gradient and an activation."""
+        """Bytes of a weight and an activation."""
         return _WIDTH[self.dtype]
+
+    @property
+    def gradient_width(self) -> int:
+        """Bytes of a gradient that is kept."""
+        return 4 if self.grad_dtype == "fp32" or self.dtype == "fp16" else self.width
 
     @property
     def tokens(self) -> int:

@@ -85,18 +85,23 @@ class Checkpoints:
                     shutil.rmtree(path, ignore_errors=True)
 
     def last_good(self, warn: Callable[[str], None] = lambda text: None) -> SavedCheckpoint | None:
-        """The newest checkpoint that is whole; None where there is not one at all. warn: is told of each damaged one.
+        """The newest checkpoint that is whole; None where there is not one at all. warn: is told of each damaged
+        one before it.
 
         Raises StateError where there are some and all of them are damaged.
         """
-        steps = self.steps()
-        for step in reversed(steps):
+        damaged: list[str] = []
+        for step in reversed(self.steps()):
             try:
-                return self.verify(step)
+                found = self.verify(step)
             except StateError as error:
-                warn(str(error))
-        if steps:
-            raise StateError(f"all {len(steps)} checkpoints in {self.folder} are damaged; see above for each of them")
+                damaged.append(str(error))
+                continue
+            for text in damaged:
+                warn(text)
+            return found
+        if damaged:
+            raise StateError(f"all {len(damaged)} checkpoints in {self.folder} are damaged: {'; '.join(damaged)}")
         return None
 
     def verify(self, step: int) -> SavedCheckpoint:

@@ -21,11 +21,11 @@ class Clock:
     def seconds(self) -> float:
         return time.perf_counter() - self._begin
 
-    def lap(self, done: int) -> tuple[float, float]:
-        """(seconds so far, steps a second since the last lap)."""
+    def lap(self, done: int, seconds: float) -> float:
+        """Steps a second since the last lap. seconds: what the clock said when so many steps were done."""
         before, then = self._lap
-        self._lap = (done, self.seconds)
-        return self._lap[1], (done - before) / max(self._lap[1] - then, 1e-9)
+        self._lap = (done, seconds)
+        return (done - before) / max(seconds - then, 1e-9)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from fusedlm.kernels import RopeScaling
 from fusedlm.models import PRESETS as MODELS
@@ -70,9 +70,9 @@ class TrainingConfig(_Section):
     """How it is trained.
 
     batch_size: rows a step, of all micro-batches and GPUs together. micro_batches: parts in which a GPU takes its rows,
-    by default as few as fit its memory. context: tokens a row; by default the model's, at
-    most 1,024. lr, min_lr: the highest and the last learning rate. warmup: steps. decay: the share of the steps in
-    which "wsd" decays, at the end. muon_lr: of the matrices that Muon takes.
+    by default as few as fit its memory. context: tokens a row; by default the model's, at most 1,024.
+    lr, min_lr: the highest and the last learning rate, this one by default a tenth of the other. warmup: steps. decay:
+    the share of the steps in which "wsd" decays, at the end. muon_lr: of the matrices that Muon takes.
     precision: "fp32"; "tf32", its products rounded; "bf16", with fp32 masters in the optimizer; "bf16-pure", without;
     "fp16", with masters and a scaled loss. state_dtype: of the optimizer's moments; bf16 for "bf16-pure" by default.
     grad_dtype: "fp32" sums the gradients of micro-batches in fp32, in twice the memory; "fp16" always does so. Of one
@@ -89,7 +89,7 @@ class TrainingConfig(_Section):
     context: int | None = Field(default=None, ge=1)
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(default=1e-3, gt=0)
-    min_lr: float = Field(default=1e-4, ge=0)
+    min_lr: float | None = Field(default=None, ge=0)
     muon_lr: float = Field(default=0.02, gt=0)
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     warmup: int = Field(default=100, ge=0)
@@ -112,6 +112,14 @@ class TrainingConfig(_Section):
     spike: Literal["skip", "stop"] = "skip"
     spike_sigmas: float = Field(default=0.0, ge=0)
     max_skipped: int = Field(default=20, ge=1)
+
+    @field_validator("min_lr")
+    @classmethod
+    def _not_above_lr(cls, min_lr: float | None, found: ValidationInfo) -> float | None:
+        lr = found.data.get("lr")  # not there where it is no number, which is an error of its own
+        if min_lr is not None and lr is not None and min_lr > lr:
+            raise ValueError(f"a number up to training.lr, {lr!r}: the learning rate goes down to it")
+        return min_lr
 
 
 class EvaluationConfig(_Section):
@@ -250,7 +258,27 @@ def _complaint(error: Any) -> str:
     path = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         return f"unknown key {path}; {_nearest(error['loc'])}"
-    return f"{path} is {error['input']!r}; expected {error['msg'].removeprefix('Input should be ')}"
+    expected = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"{path} is {error['input']!r}; expected {expected}"
+
+
+# Names that other trainers give to settings, of those that look nothing like ours.
+_ELSEWHERE = {
+    "learning_rate": "training.lr",
+    "max_lr": "training.lr",
+    "learning_rate_decay": "training.schedule",
+    "lr_scheduler_type": "training.schedule",
+    "grad_clip": "training.max_norm",
+    "max_grad_norm": "training.max_norm",
+    "gradient_accumulation_steps": "training.micro_batches",
+    "max_iters": "training.steps",
+    "block_size": "training.context",
+    "seq_len": "training.context",
+    "n_embd": "model.width",
+    "hidden_size": "model.width",
+    "dtype": "training.precision",
+    "dataset": "data.sources",
+}
 
 
 def _nearest(loc: tuple[Any, ...]) -> str:
@@ -265,7 +293,8 @@ def _nearest(loc: tuple[Any, ...]) -> str:
         near = [f"{loc[0]}.{name}" for name in difflib.get_close_matches(loc[1], keys.get(loc[0], []), n=1)]
         elsewhere = [f"{name}.{loc[1]}" for name, known in keys.items() if loc[1] in known]
         known = keys.get(loc[0], [])
-    guesses = elsewhere or near
+    meant = _ELSEWHERE.get(str(loc[-1]))
+    guesses = elsewhere or ([meant] if meant is not None else near)
     return f"did you mean {' or '.join(guesses)}?" if guesses else f"expected one of {', '.join(known)}"
 
 

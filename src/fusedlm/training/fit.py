@@ -18,6 +18,7 @@ def planned(config: RunConfig, context: int, batch: int, gpus: int, *, accumulat
         context=context,
         dtype=precision.removesuffix("-pure"),
         masters=not pure,
+        grad_dtype=training.grad_dtype,
         state_dtype=training.state_dtype or ("bf16" if pure else "fp32"),
         dropout=training.dropout > 0,
         recompute=training.recompute,

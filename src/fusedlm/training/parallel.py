@@ -1,5 +1,7 @@
 """Many GPUs: FSDP2 (`fully_shard`), block by block, over all ranks or within replicated groups (HSDP)."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -11,8 +13,8 @@ from fusedlm.training.ranks import Ranks
 def shard(model: DecoderModel, parallel: ParallelConfig, ranks: Ranks) -> None:
     """Divide a model's parameters among the ranks, in place; one rank keeps them whole.
 
-    Every block is gathered before its forward and its backward pass, the next one meanwhile. Raises ValueError where
-    the ranks cannot be divided into so many replicas.
+    Every block is gathered before its forward and its backward pass, the next one meanwhile. A model on "meta" has its
+    parts there too, until `fill`. Raises ValueError where the ranks cannot be divided into so many replicas.
     """
     if ranks.size == 1:
         if parallel.replicas > 1:
@@ -43,11 +45,25 @@ def shard(model: DecoderModel, parallel: ParallelConfig, ranks: Ranks) -> None:
     register_fsdp_forward_method(model, "loss")
 
 
+def fill(model: nn.Module, whole: nn.Module | None, ranks: Ranks) -> None:
+    """Give a model that was divided on "meta" its parts on the ranks' devices, with the values of a whole one.
+
+    whole: the same model, of the first rank; the others have None. They never hold more of it than one parameter.
+    Every rank must call it.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    model.to_empty(device=ranks.device)
+    values: dict[str, Any] = {} if whole is None else {name: p.detach() for name, p in whole.named_parameters()}
+    set_model_state_dict(model, values, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+
+
 @torch.no_grad()
-def gathered(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All parameters whole, on the host, by name. Every rank must call it."""
+def gathered(model: nn.Module, ranks: Ranks) -> dict[str, torch.Tensor]:
+    """All parameters whole, on the first rank's host, by name; nothing on the others. Every rank must call it."""
     found = {}
     for name, p in model.named_parameters():
         whole = p.full_tensor() if hasattr(p, "full_tensor") else p
-        found[name] = whole.detach().to("cpu", copy=True)
+        if ranks.first:
+            found[name] = whole.detach().to("cpu", copy=True)
     return found

@@ -11,6 +11,24 @@ from fusedlm.models import GPT2Config
 
 DEFAULT = "python-char"
 
+# Gentle, every row once an epoch.
+_FINETUNE: Mapping[str, Any] = MappingProxyType(
+    {
+        "data": {"order": "shuffled"},
+        "training": {
+            "steps": 500,
+            "batch_size": 16,
+            "lr": 2e-5,
+            "min_lr": 0.0,
+            "warmup": 20,
+            "schedule": "linear",
+            "weight_decay": 0.0,
+        },
+        "evaluation": {"interval": 100},
+        "checkpoints": {"interval": 100},
+    }
+)
+
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         # A minute or so on two cores. nanoGPT's sizes for a CPU; with GPT-2's architecture the loss is 0.35 higher.
@@ -21,7 +39,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
                 "steps": 600,
                 "batch_size": 16,
                 "lr": 3e-3,
-                "min_lr": 3e-4,
                 "warmup": 50,
                 "betas": (0.9, 0.99),
             },
@@ -36,7 +53,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
                 "steps": 5000,
                 "batch_size": 64,
                 "lr": 1e-3,
-                "min_lr": 1e-4,
                 "warmup": 100,
                 "betas": (0.9, 0.99),
                 "dropout": 0.2,
@@ -44,21 +60,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "evaluation": {"interval": 250, "sample_tokens": 300},
             "checkpoints": {"interval": 1000},
         },
-        # Where --init names a model and nothing else is said: gentle, every row once an epoch.
-        "finetune": {
-            "data": {"order": "shuffled"},
-            "training": {
-                "steps": 500,
-                "batch_size": 16,
-                "lr": 2e-5,
-                "min_lr": 0.0,
-                "warmup": 20,
-                "schedule": "linear",
-                "weight_decay": 0.0,
-            },
-            "evaluation": {"interval": 100},
-            "checkpoints": {"interval": 100},
-        },
+        # Where --init names a model and nothing else is said, and where --lora does too: additions begin at zero, and
+        # take ten times the learning rate.
+        "finetune": _FINETUNE,
+        "finetune-lora": {**_FINETUNE, "training": {**_FINETUNE["training"], "lr": 2e-4}, "lora": {"rank": 8}},
     }
 )
 
@@ -70,7 +75,6 @@ _LARGE: Mapping[str, Any] = MappingProxyType(
             "steps": 600_000,
             "batch_size": 480,
             "lr": 6e-4,
-            "min_lr": 6e-5,
             "warmup": 2000,
         },
         "evaluation": {"interval": 2000, "batches": 200},

@@ -1,8 +1,10 @@
 """`train`: a run from a configuration, in a new folder, or one that goes on in its own."""
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,13 @@ from fusedlm.training.config import RunConfig, model_config, read_toml, validate
 from fusedlm.training.datasets import open_dataset
 from fusedlm.training.fit import fitting_micro_batches
 from fusedlm.training.loggers import loggers
+from fusedlm.training.lora import add_lora
 from fusedlm.training.metrics import METRICS_FILE, MetricsFile, Observer
 from fusedlm.training.ranks import Ranks, join_ranks
 from fusedlm.training.trainer import Result, Sample, Trainer
 
 RUN_FILE = "run.toml"
+LOCK_FILE = ".lock"
 DTYPES = {
     "fp32": torch.float32,
     "tf32": torch.float32,
@@ -62,16 +66,18 @@ def train(
         _cores(ranks)
         if ranks.first:
             if not resume:
-                _claim(where, config)
+                stack.enter_context(_claimed(where, config))
             stack.enter_context(_only_process(where))
-            _open(config, where, observers, offline, cache_dir)
+            prepared = _open(config, where, observers, offline, cache_dir)
+            prepared.verify_changed(partial(_say, observers))
         ranks.gather(None)  # the others wait for the dataset
         dataset = _open(config, where, observers, offline, cache_dir)
-        model = first_model(config, dataset, ranks.device, offline=offline, cache_dir=cache_dir)
+        model, whole = _models(config, dataset, ranks, offline, cache_dir)
         config = _with_micro_batches(config, model.config, ranks)
         own = [MetricsFile(where / METRICS_FILE), *loggers(config, where)] if ranks.first else []
-        parts: dict[str, Any] = {"model": model, "dataset": dataset, "ranks": ranks, "profile": profile}
-        trainer = Trainer(config, where, observers=[*own, *observers], sample=sample, **parts)
+        parts: dict[str, Any] = {"dataset": dataset, "ranks": ranks, "profile": profile, "sample": sample}
+        trainer = Trainer(config, where, model=model, whole=whole, observers=[*own, *observers], **parts)
+        del whole  # it has been divided, and must not take memory while the run lasts
         if resume:
             trainer.resume()
         if ranks.first:  # only now is it known that a run can go on with these settings
@@ -90,7 +96,35 @@ def read_run(folder: Path) -> RunConfig:
 def first_model(
     config: RunConfig, dataset: Dataset, device: torch.device, *, offline: bool = False, cache_dir: Path | None = None
 ) -> DecoderModel:
-    """The model that a run begins with, its weights drawn or read, on a device. Raises ValueError."""
+    """The model that a run begins with, its weights drawn or read, on a device; with LoRA, its additions are there.
+
+    Raises ValueError.
+    """
+    model = _drawn_or_read(config, dataset, device, offline, cache_dir)
+    if config.lora.rank:
+        add_lora(model, config.lora, config.training.seed)
+    return model
+
+
+def _models(
+    config: RunConfig, dataset: Dataset, ranks: Ranks, offline: bool, cache_dir: Path | None
+) -> tuple[DecoderModel, DecoderModel | None]:
+    """`model` and `whole`, as `Trainer` takes them. One rank alone draws or reads weights, whatever their number."""
+    options: dict[str, Any] = {"offline": offline, "cache_dir": cache_dir}
+    if ranks.size == 1:
+        return first_model(config, dataset, ranks.device, **options), None
+    whole = first_model(config, dataset, torch.device("cpu"), **options) if ranks.first else None
+    described: ModelConfig = ranks.gather(whole.config if whole is not None else None)[0]
+    dtype = DTYPES[config.training.precision or "fp32"]
+    model = build_model(described, dropout=config.training.dropout, device="meta", dtype=dtype)
+    if config.lora.rank:
+        add_lora(model, config.lora, config.training.seed)
+    return model, whole
+
+
+def _drawn_or_read(
+    config: RunConfig, dataset: Dataset, device: torch.device, offline: bool, cache_dir: Path | None
+) -> DecoderModel:
     training, settings = config.training, config.model
     dtype = DTYPES[training.precision or "fp32"]
     if settings.init is not None:
@@ -108,12 +142,22 @@ def first_model(
     return model.to(device, dtype)
 
 
-def _claim(folder: Path, config: RunConfig) -> None:
-    """Make the run's folder and write its configuration there, so that it can go on from here."""
+@contextmanager
+def _claimed(folder: Path, config: RunConfig) -> Iterator[None]:
+    """Make the run's folder and write its configuration there, so that it can go on from here.
+
+    Where an error ends the run before it has anything else, the folder goes again: the next try needs no other name.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists already; expected a new folder, or --resume {folder} to go on")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / RUN_FILE, config.to_toml())
+    try:
+        yield
+    except Exception:
+        if {path.name for path in folder.rglob("*") if path.is_file()} <= {RUN_FILE, LOCK_FILE}:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 @contextmanager
@@ -121,7 +165,7 @@ def _only_process(folder: Path) -> Iterator[None]:
     """Raises ValueError where another process trains in the folder. However that one ends, the system lets go."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        with FileLock(folder / LOCK_FILE, timeout=0):
             yield
     except Timeout:
         raise ValueError(f"another process trains in {folder}; expected it to end first") from None
@@ -130,11 +174,13 @@ def _only_process(folder: Path) -> Iterator[None]:
 def _open(
     config: RunConfig, folder: Path, observers: Sequence[Observer], offline: bool, cache_dir: Path | None
 ) -> Dataset:
-    def say(text: str) -> None:
-        for observer in observers:
-            observer.say(text)
+    where, say = folder / "data", partial(_say, observers)
+    return open_dataset(config.data, where, offline=offline, cache_dir=cache_dir, say=say)
 
-    return open_dataset(config.data, folder / "data", offline=offline, cache_dir=cache_dir, say=say)
+
+def _say(observers: Sequence[Observer], text: str) -> None:
+    for observer in observers:
+        observer.say(text)
 
 
 def _with_precision(config: RunConfig, device: torch.device) -> RunConfig:

@@ -1,5 +1,6 @@
 """A run's model from one of its checkpoints, and a model's loss on a text."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from fusedlm.training.checkpoints import Checkpoints, StateError
 from fusedlm.training.config import RunConfig
 from fusedlm.training.datasets import open_dataset
 from fusedlm.training.evaluation import Evaluated, evaluate
-from fusedlm.training.lora import add_lora, merged
+from fusedlm.training.lora import merged
 from fusedlm.training.publish import model_of
 from fusedlm.training.ranks import Ranks
 from fusedlm.training.run import first_model, read_run
@@ -37,17 +38,18 @@ def saved_model(
     *,
     step: int | None = None,
     masters: bool = False,
+    warn: Callable[[str], None] = lambda text: None,
     offline: bool = False,
     cache_dir: Path | None = None,
 ) -> SavedModel:
     """The model of a run's checkpoint, the last good one or that of a step, on the CPU, LoRA merged.
 
-    masters: the optimizer's fp32 weights in place of 16-bit ones. Raises ValueError where there is no run, StateError
-    where there is no such checkpoint.
+    masters: the optimizer's fp32 weights in place of 16-bit ones. warn: is told of checkpoints that are damaged.
+    Raises ValueError where there is no run, StateError where there is no such checkpoint.
     """
     config = read_run(folder)
     checkpoints = Checkpoints(folder / "checkpoints")
-    found = checkpoints.last_good() if step is None else checkpoints.verify(step)
+    found = checkpoints.last_good(warn) if step is None else checkpoints.verify(step)
     if found is None:
         raise StateError(f"{folder} has no checkpoint yet")
     ranks = Ranks(0, 1, torch.device("cpu"))
@@ -73,9 +75,7 @@ def _skeleton(
 ) -> DecoderModel:
     """A model of the run's shapes and dtypes; with LoRA, the frozen weights are in it."""
     if config.lora.rank:
-        model = first_model(config, dataset, torch.device("cpu"), offline=offline, cache_dir=cache_dir)
-        add_lora(model, config.lora, config.training.seed)
-        return model
+        return first_model(config, dataset, torch.device("cpu"), offline=offline, cache_dir=cache_dir)
     values = dict(described)  # type: ignore[call-overload]
     dtype = getattr(torch, values["torch_dtype"])
     return build_model(config_from_huggingface(values, where="the checkpoint"), dtype=dtype)

@@ -23,7 +23,8 @@ class Schedule:
 
     @classmethod
     def of(cls, training: TrainingConfig) -> "Schedule":
-        return cls(training.schedule, training.steps, training.warmup, training.min_lr / training.lr, training.decay)
+        floor = 0.1 if training.min_lr is None else training.min_lr / training.lr
+        return cls(training.schedule, training.steps, training.warmup, floor, training.decay)
 
     def __call__(self, step: int) -> float:
         """step: counted from 0."""

@@ -29,11 +29,11 @@ from fusedlm.training.config import RunConfig
 from fusedlm.training.evaluation import Evaluated, evaluate
 from fusedlm.training.guard import first_nonfinite
 from fusedlm.training.judge import Judge, batch_of
-from fusedlm.training.lora import add_lora, frozen_fingerprint, merged
+from fusedlm.training.lora import frozen_fingerprint, merged
 from fusedlm.training.memory import peak_memory
 from fusedlm.training.metrics import METRICS_FILE, Observer, Record, read_metrics
 from fusedlm.training.optimizer import Optimizer
-from fusedlm.training.parallel import gathered, shard
+from fusedlm.training.parallel import fill, gathered, shard
 from fusedlm.training.profiling import profiled
 from fusedlm.training.publish import model_of, publish
 from fusedlm.training.randomness import seed_step
@@ -68,7 +68,8 @@ class Result:
 class Trainer:
     """A run in a folder, from its first step or from its last good checkpoint.
 
-    model: with its first weights, on the ranks' device, whole. sample: writes a text; called at evaluations.
+    model: with its first weights, on the ranks' device. Of several ranks it is on "meta", and `whole` has the weights,
+    on the first rank's host; it is not kept. sample: writes a text; called at evaluations.
     profile: a folder for a profile of a few steps, of the first rank.
     """
 
@@ -78,6 +79,7 @@ class Trainer:
         folder: Path,
         *,
         model: DecoderModel,
+        whole: DecoderModel | None = None,
         dataset: Dataset,
         ranks: Ranks,
         observers: Sequence[Observer] = (),
@@ -116,13 +118,13 @@ class Trainer:
         self.tokens_a_step = training.batch_size * self.context
         self.flops_a_token = flops_per_token(model.config, self.context).total
         self.gpu = _known_gpu(ranks.device, self.dtype)
-        if config.lora.rank:
-            add_lora(model, config.lora, training.seed)
-        frozen = frozen_fingerprint(model)
+        frozen = ranks.gather(frozen_fingerprint(whole or model) if ranks.first else None)[0]
         if training.recompute == "blocks":
             recompute_blocks(model)
         cheap = RecomputeCheap(model) if training.recompute == "cheap" else None
         shard(model, config.parallel, ranks)
+        if ranks.size > 1:
+            fill(model, whole, ranks)
         forward = forward_of(model, training)
         self.forward = forward if cheap is None else _inside(cheap, forward)
         self.optimizer = Optimizer(model, training, pure=training.precision == "bf16-pure")
@@ -203,6 +205,10 @@ class Trainer:
             with ExitStack() as stack:
                 interrupts = stack.enter_context(Interrupts())
                 self._tell(lambda observer: observer.begin(self, self.done))
+                if self.rows is None and self.config.evaluation.interval:
+                    self._say(
+                        "the dataset has no split val, so no validation loss; data.val_fraction=0.1 would make one"
+                    )
                 stack.enter_context(self._surroundings())
                 stack.callback(self.saver.close)
                 interrupted = self._loop(interrupts)
@@ -246,7 +252,7 @@ class Trainer:
         config, steps = self.config, self.config.training.steps
         micro_batches = self.micro_batches
         ahead = 1 if self.judge.stops_at_once else 8
-        readings = Readings(self.ranks.device, ahead, together=self.ranks.size > 1)
+        readings = Readings(self.ranks.device, self.clock, ahead, together=self.ranks.size > 1)
         step: Callable[[Sequence[Batch]], Tensor] = CapturedStep(self.step) if self._captured else self.step
         self.model.train()
         self.clock.start(self.done, self._seconds_before())
@@ -300,19 +306,18 @@ class Trainer:
     # What steps gave
 
     def _read(self, readings: Iterator[Reading]) -> None:
-        for index, values in readings:
+        for index, seconds, values in readings:
             done = index + 1
             self.judge(index, values)
             self.losses.append(values["loss"])
             if done % self.config.log.interval == 0 or done == self.config.training.steps:
-                self._record(done, values)
+                self._record(done, seconds, values)
 
-    def _record(self, done: int, values: dict[str, float]) -> None:
+    def _record(self, done: int, seconds: float, values: dict[str, float]) -> None:
         finite = [loss for loss in self.losses if math.isfinite(loss)]
         self.last_loss = sum(finite) / len(finite) if finite else math.nan
         self.losses = []
-        seconds, rate = self.clock.lap(done)
-        speed = rate * self.tokens_a_step
+        speed = self.clock.lap(done, seconds) * self.tokens_a_step
         record = Record(
             step=done,
             tokens=done * self.tokens_a_step,
@@ -378,9 +383,9 @@ class Trainer:
 
     def _publish(self) -> None:
         """The model in the parameters' own dtype, for `fusedlm generate --model RUN`."""
-        parameters = merged(gathered(self.model), self.config.lora)
+        parameters = gathered(self.model, self.ranks)
         if self.ranks.first:
-            whole = model_of(self.model.config, parameters)
+            whole = model_of(self.model.config, merged(parameters, self.config.lora))
             publish(whole, self.folder, self.tokenizer, {})
 
     def _say(self, text: str) -> None:
