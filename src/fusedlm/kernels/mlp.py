@@ -76,11 +76,15 @@ def _mlp_down_backward(
         dh, act, total = product(dy, down.T, None, h, what)
         assert act is not None
     elif not use_triton(h):
-        with torch.enable_grad():
-            leaf = h.detach().requires_grad_()
-            act = _activation_ref(leaf, activation)
-            (dh,) = torch.autograd.grad(act, leaf, dy @ down)
-        act, total = act.detach(), dh.sum(0) if sums else None
+        dact = dy @ down
+        if gated:
+            gate, up = h.chunk(2, dim=-1)
+            silu = F.silu(gate)
+            dh, act = torch.cat((torch.ops.aten.silu_backward(dact * up, gate), dact * silu), -1), silu * up
+        else:
+            dh = torch.ops.aten.gelu_backward(dact, h, approximate="tanh" if tanh else "none")
+            act = _activation_ref(h, activation)
+        total = dh.sum(0) if sums else None
     elif gated:
         dh, act, total = swiglu_backward(dy @ down, h, None)[0], swiglu(h), None
     else:
