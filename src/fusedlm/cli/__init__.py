@@ -1,6 +1,8 @@
 """The command line. One file a command; each is thin and imports torch only once its arguments are known to be good."""
 
+import atexit
 import os
+import signal
 import sys
 
 import typer
@@ -47,6 +49,8 @@ def main() -> None:
     # Before torch is imported, which brings GNU's OpenMP: its threads wait for each other in a loop of 300,000 turns.
     # With another program on one of the cores that made training fourteen times slower, a short one two to three times.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # What is left then, taking torch apart, takes a while, and a Ctrl-C would turn it into a death by signal.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
