@@ -20,10 +20,13 @@ COLS = gl.constexpr(64)
 
 @gluon.jit
 def _tile(number, M, N, GROUP_M: gl.constexpr):
-    """(first row, first column) of a tile. GROUP_M tiles below each other come together: they share a part of b."""
+    """(first row, first column) of a tile, outside of the matrix for a number past the last one.
+
+    GROUP_M tiles below each other come together: they share a part of b.
+    """
     columns = gl.cdiv(N, BLOCK_N)
     first = number // (GROUP_M * columns) * GROUP_M
-    height = gl.minimum(gl.cdiv(M, BLOCK_M) - first, GROUP_M)
+    height = gl.maximum(gl.minimum(gl.cdiv(M, BLOCK_M) - first, GROUP_M), 1)
     within = number % (GROUP_M * columns)
     return (first + within % height) * BLOCK_M, within // height * BLOCK_N
 
