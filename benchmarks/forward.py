@@ -6,6 +6,7 @@ digits.
 """
 
 import argparse
+import copy
 import json
 import statistics
 import tempfile
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.environment import environment, head
+from benchmarks.peers.causal import use_causal_attention
 from fusedlm.checkpoint.huggingface import save_huggingface
 from fusedlm.kernels import backend
 from fusedlm.models import PRESETS, DecoderModel, build_model
@@ -26,6 +28,7 @@ from fusedlm.models import PRESETS, DecoderModel, build_model
 Contender = Callable[[Tensor], Tensor]  # ids, (B, T), to hidden states, (B, T, C)
 
 OURS, EAGER, COMPILED = "fusedlm", "transformers", "transformers, compiled"
+CAUSAL = "transformers, compiled, causal"  # and told so, see peers/causal.py
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FURTHER = 2.0  # how much further from float64 than transformers ours may be
 
@@ -44,7 +47,10 @@ def _products(dtype: str) -> Iterator[None]:
 def contenders(
     model: DecoderModel, dtype: torch.dtype, device: torch.device, *, compiled: bool
 ) -> dict[str, Contender]:
-    """Ours and transformers', of one model's weights. compiled: transformers' by torch.compile too."""
+    """Ours and transformers', of one model's weights.
+
+    compiled: transformers' by torch.compile too, as it is and, where flash attention takes the dtype, at its best.
+    """
     import transformers
 
     with tempfile.TemporaryDirectory() as folder:
@@ -58,9 +64,17 @@ def contenders(
         EAGER: lambda ids: theirs(ids, use_cache=False).last_hidden_state,
     }
     if compiled:
-        function = torch.compile(theirs, dynamic=False)
-        found[COMPILED] = lambda ids: function(ids, use_cache=False).last_hidden_state
+        found[COMPILED] = _compiled(theirs)
+    if compiled and dtype.itemsize == 2:
+        causal = copy.deepcopy(theirs)
+        use_causal_attention(causal)
+        found[CAUSAL] = _compiled(causal)
     return found
+
+
+def _compiled(theirs: Any) -> Contender:
+    function = torch.compile(theirs, dynamic=False)
+    return lambda ids: function(ids, use_cache=False).last_hidden_state
 
 
 def errors(found: Mapping[str, Contender], truth: Tensor, ids: Tensor) -> dict[str, float]:
@@ -185,9 +199,9 @@ def forward_table(results: Mapping[str, Any]) -> str:
     ]
     for dtype in dict.fromkeys(row["dtype"] for row in results["rows"]):
         at = {row["variant"]: row for row in results["rows"] if row["dtype"] == dtype}
-        share = at[OURS]["seconds"] / min(at[name]["seconds"] for name in others)
-        times = " | ".join(f"{at[name]['seconds'] * 1e3:.1f}" for name in names)
-        memory = " / ".join(f"{at[name]['peak_bytes'] / 2**30:.2f}" for name in names)
+        share = at[OURS]["seconds"] / min(at[name]["seconds"] for name in others if name in at)
+        times = " | ".join(f"{at[name]['seconds'] * 1e3:.1f}" if name in at else "" for name in names)
+        memory = " / ".join(f"{at[name]['peak_bytes'] / 2**30:.2f}" if name in at else "-" for name in names)
         lines.append(f"| {dtype} | {times} | {share:.2f} | {memory} |")
     text = "\n".join(lines)
     about = results["environment"]

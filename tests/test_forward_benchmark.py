@@ -1,16 +1,19 @@
 """The forward benchmark, small and on a CPU: contenders of one model's weights, a contender that is wrong, memory."""
 
+import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from benchmark_rows import MACHINE
 
 pytest.importorskip("triton", reason="the benchmarks need Triton")
 pytest.importorskip("transformers", reason="it is what ours is timed beside")
 
 from benchmarks import forward
-from benchmarks.forward import EAGER, OURS, contenders, errors, forward_table, largest_batch, main
+from benchmarks.forward import CAUSAL, COMPILED, EAGER, OURS, contenders, errors, forward_table, largest_batch, main
 from fusedlm.models import PRESETS, build_model
 
 
@@ -38,6 +41,41 @@ def test_a_contender_that_is_far_off_is_refused() -> None:
     found[OURS] = lambda ids: forward.contenders(model, torch.bfloat16, ids.device, compiled=False)[OURS](ids)
     with pytest.raises(ValueError, match="from float64, and transformers'"):
         errors(found, truth, ids)
+
+
+@torch.no_grad()
+def test_the_compiled_peer_at_its_best_has_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is it has one; both compute what it computes eagerly, and flash attention is for 16 bits alone."""
+    kinds: list[tuple[object, object]] = []  # of the attention of each graph: its mask, and whether it is causal
+
+    def noted(graph: Any, _: Any) -> Any:
+        attention = next(n for n in graph.graph.nodes if "scaled_dot_product" in str(n.target))
+        kinds.append((attention.kwargs.get("attn_mask") is not None, attention.kwargs.get("is_causal")))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=noted))
+    model = build_model(PRESETS["tiny-gpt2"])
+    model.init_weights()
+    ids = torch.randint(512, (3, 16))
+    found = contenders(model, torch.bfloat16, ids.device, compiled=True)
+    expected = found[EAGER](ids)
+    for name in (COMPILED, CAUSAL):
+        torch.testing.assert_close(found[name](ids), expected, atol=0.05, rtol=0)
+    assert kinds == [(True, False), (False, True)]
+    assert CAUSAL not in contenders(model, torch.float32, ids.device, compiled=True)
+
+
+def test_a_contender_that_is_not_there_in_a_dtype_leaves_its_cell_empty() -> None:
+    seconds = {"fp16": {OURS: 0.05, EAGER: 0.1, CAUSAL: 0.08}, "fp32": {OURS: 0.6, EAGER: 0.5}}
+    rows = [
+        {"dtype": dtype, "variant": name, "seconds": s, "peak_bytes": 2**30}
+        for dtype, found in seconds.items()
+        for name, s in found.items()
+    ]
+    size = {"preset": "gpt2", "batch": 512, "context": 300}
+    lines = forward_table({**size, "rows": rows, "largest": {}, "environment": MACHINE}).split("\n")
+    assert lines[2] == "| fp16 | 50.0 | 100.0 | 80.0 | 0.62 | 1.00 / 1.00 / 1.00 |"
+    assert lines[3] == "| fp32 | 600.0 | 500.0 |  | 1.20 | 1.00 / 1.00 / - |"
 
 
 @torch.no_grad()
