@@ -154,12 +154,23 @@ def largest_batch(contender: Contender, ids: Tensor, *, step: int = 512) -> int:
 
 
 @torch.no_grad()
+def random_model(preset: str) -> DecoderModel:
+    """Of random weights; biases and norms' scales too, for zeros and ones would hide that one is left out."""
+    model = build_model(PRESETS[preset])
+    generator = torch.Generator().manual_seed(1)
+    model.init_weights(generator)
+    for p in model.parameters():
+        if p.ndim == 1:
+            p.add_(torch.randn(p.shape, generator=generator), alpha=0.1)
+    return model
+
+
+@torch.no_grad()
 def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The results so far after each dtype: rows, and in fp16 the largest batches."""
     device = torch.device(options.device)
     cuda = device.type == "cuda"
-    model = build_model(PRESETS[options.preset])
-    model.init_weights(torch.Generator().manual_seed(1))
+    model = random_model(options.preset)
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(model.config.vocab_size, (options.batch, options.context), generator=generator).to(device)
     exact = build_model(model.config, device=device, dtype=torch.float64).eval()

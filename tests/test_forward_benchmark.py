@@ -13,8 +13,19 @@ pytest.importorskip("triton", reason="the benchmarks need Triton")
 pytest.importorskip("transformers", reason="it is what ours is timed beside")
 
 from benchmarks import forward
-from benchmarks.forward import CAUSAL, COMPILED, EAGER, OURS, contenders, errors, forward_table, largest_batch, main
-from fusedlm.models import PRESETS, build_model
+from benchmarks.forward import (
+    CAUSAL,
+    COMPILED,
+    EAGER,
+    OURS,
+    contenders,
+    errors,
+    forward_table,
+    largest_batch,
+    main,
+    random_model,
+)
+from fusedlm.models import build_model
 
 
 def test_a_run_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,13 +43,18 @@ def test_a_run_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 @torch.no_grad()
 def test_a_contender_that_is_far_off_is_refused() -> None:
-    model = build_model(PRESETS["tiny-gpt2"])
-    model.init_weights()
+    model = random_model("tiny-gpt2")
     ids = torch.randint(512, (2, 8))
     found = contenders(model, torch.float32, torch.device("cpu"), compiled=False)
     truth = model.double().hidden_states(ids[:1])  # of fewer rows than there are
     assert errors(found, truth, ids)[OURS] < 1e-6
     found[OURS] = lambda ids: forward.contenders(model, torch.bfloat16, ids.device, compiled=False)[OURS](ids)
+    with pytest.raises(ValueError, match="from float64, and transformers'"):
+        errors(found, truth, ids)
+    without_bias = build_model(model.config).eval()
+    without_bias.load_state_dict(model.state_dict())
+    without_bias.get_parameter("blocks.1.attention.out.bias").zero_()
+    found[OURS] = without_bias.hidden_states
     with pytest.raises(ValueError, match="from float64, and transformers'"):
         errors(found, truth, ids)
 
@@ -54,8 +70,7 @@ def test_the_compiled_peer_at_its_best_has_no_mask(monkeypatch: pytest.MonkeyPat
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=noted))
-    model = build_model(PRESETS["tiny-gpt2"])
-    model.init_weights()
+    model = random_model("tiny-gpt2")
     ids = torch.randint(512, (3, 16))
     found = contenders(model, torch.bfloat16, ids.device, compiled=True)
     expected = found[EAGER](ids)
