@@ -7,6 +7,7 @@ digits.
 
 import argparse
 import copy
+import gc
 import json
 import statistics
 import tempfile
@@ -131,26 +132,49 @@ def measure(
     return {name: {"seconds": statistics.median(t), "peak_bytes": peaks.get(name, 0.0)} for name, t in times.items()}
 
 
-def largest_batch(contender: Contender, ids: Tensor, *, step: int = 512) -> int:
-    """How many rows of ids' length a contender can take: a multiple of step, to an eighth, until memory runs out."""
+def largest_batch(fits: Callable[[int], bool], guess: int, *, step: int = 64) -> int:
+    """The largest multiple of step that fits, 0 if none does. guess: about that; from there in strides that double."""
+    at, stride = max(guess // step, 1), 1  # all in steps
+    known, refused = 0, None
+    while refused is None or refused - known > 1:
+        if fits(at * step):
+            known = at
+        else:
+            refused = at
+        if refused is None:
+            at, stride = known + stride, 2 * stride
+        elif known == 0:
+            at, stride = max(refused - stride, 1), 2 * stride
+        else:
+            at = (known + refused) // 2
+    return known * step
+
+
+def limit_of(contender: Contender, context: int, bytes_a_row: float) -> dict[str, Any]:
+    """How many rows of context tokens a contender takes, and what it says of more. bytes_a_row: about what one needs.
+
+    Where it is compiled, it is so once more, for any number of rows.
+    """
+    said = ""
 
     def fits(rows: int) -> bool:
+        nonlocal said
+        gc.collect()  # what an attempt that failed has left
+        torch.cuda.empty_cache()
+        ids = torch.zeros(rows, context, dtype=torch.int64, device="cuda")
+        torch._dynamo.maybe_mark_dynamic(ids, 0)
         try:
-            contender(ids[:1].expand(rows, -1).contiguous())
+            contender(ids)
             torch.cuda.synchronize()
-        except torch.cuda.OutOfMemoryError:
+        except (RuntimeError, OverflowError) as error:  # whatever it is, so many it cannot take
+            said = str(error).strip().split("\n")[0]
             return False
-        finally:
-            torch.cuda.empty_cache()
         return True
 
-    low, high = 0, step
-    while fits(high):
-        low, high = high, 2 * high
-    while high - low > max(step, low // 8):
-        middle = (low + high) // 2 // step * step
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    return {"batch": largest_batch(fits, int(free / bytes_a_row)), "then": said}
 
 
 @torch.no_grad()
@@ -167,7 +191,7 @@ def random_model(preset: str) -> DecoderModel:
 
 @torch.no_grad()
 def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The results so far after each dtype: rows, and in fp16 the largest batches."""
+    """The results so far, after each dtype and at the end: rows, and in fp16 the largest batches."""
     device = torch.device(options.device)
     cuda = device.type == "cuda"
     model = random_model(options.preset)
@@ -191,12 +215,17 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     {"dtype": dtype, "variant": name, **measured, "tokens_per_second": rate, "error": far[name]}
                 )
                 print(f"{dtype}, {name}: {measured['seconds'] * 1e3:.1f} ms", flush=True)
-            if dtype == "fp16" and cuda and options.largest:
-                results["largest"] = {name: largest_batch(found[name], ids) for name in (OURS, EAGER)}
         del found
         torch._dynamo.reset()
         if cuda:
             torch.cuda.empty_cache()
+        yield results
+    if cuda and options.largest:  # last, for what fails for want of memory may leave a GPU that does nothing more
+        needs = {row["variant"]: row["peak_bytes"] / len(ids) for row in rows if row["dtype"] == "fp16"}
+        found = contenders(model, torch.float16, device, compiled=True)
+        for name in (OURS, EAGER, CAUSAL) if needs else ():
+            results["largest"][name] = limit_of(found[name], options.context, needs[name])
+            print(f"largest batch, fp16, {name}: {results['largest'][name]}", flush=True)
         yield results
 
 
@@ -218,8 +247,11 @@ def forward_table(results: Mapping[str, Any]) -> str:
     about = results["environment"]
     text += f"\n\n{results['preset']}, {results['batch']} x {results['context']} tokens, hidden states; "
     if results["largest"]:
-        batches = ", ".join(f"{name} {count:,}" for name, count in results["largest"].items())
-        text += f"largest batch in fp16 (to an eighth): {batches}; "
+        batches = (
+            f"{name} {found['batch']:,}" + ("" if "memory" in found["then"] else f" (of more it says: {found['then']})")
+            for name, found in results["largest"].items()
+        )
+        text += f"largest batch in fp16, a multiple of 64: {', '.join(batches)}; "
     return text + f"{about.get('gpu', about.get('cpu'))}, torch {about['torch']}, {about['date']}."
 
 

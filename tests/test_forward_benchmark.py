@@ -22,6 +22,7 @@ from benchmarks.forward import (
     errors,
     forward_table,
     largest_batch,
+    limit_of,
     main,
     random_model,
 )
@@ -108,16 +109,40 @@ def test_contenders_are_compared_at_the_shape_that_is_timed() -> None:
     assert set(shapes) == {(4, 3)}
 
 
-@pytest.mark.parametrize(("holds", "found"), [(5000, 4608), (4096, 4096), (512, 512), (100, 0)])
-def test_the_largest_batch(holds: int, found: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+@pytest.mark.parametrize(
+    ("holds", "guess", "found"),
+    [(5000, 5100, 4992), (5000, 4000, 4992), (4096, 4096, 4096), (64, 5, 64), (63, 900, 0), (20000, 21000, 19968)],
+)
+def test_the_largest_batch(holds: int, guess: int, found: int) -> None:
     tried = []
 
+    def fits(rows: int) -> bool:
+        tried.append(rows)
+        return rows <= holds
+
+    assert largest_batch(fits, guess) == found
+    assert len(tried) == len(set(tried)) <= 10
+
+
+def test_what_stops_a_contender_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that was guessed wrong, and something else than memory."""
+    zeros = torch.zeros
+    monkeypatch.setattr("torch.zeros", lambda *sizes, device, **options: zeros(*sizes, **options))
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda: None)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (5000, 9000))
+
     def contender(ids: torch.Tensor) -> torch.Tensor:
-        tried.append(len(ids))
-        if len(ids) > holds:
+        assert ids.shape[1] == 3
+        if len(ids) > 640:
+            raise RuntimeError("too many blocks\nin a grid")
+        if len(ids) > 512:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return ids
 
-    assert largest_batch(contender, torch.zeros(2, 3, dtype=torch.int64)) == found
-    assert len(tried) == len(set(tried)) <= 8
+    assert limit_of(contender, 3, 5.0) == {"batch": 512, "then": "CUDA out of memory"}
+    results = {"preset": "gpt2", "batch": 512, "context": 300, "environment": MACHINE}
+    results["rows"] = [{"dtype": "fp16", "variant": name, "seconds": 1.0, "peak_bytes": 1.0} for name in (OURS, EAGER)]
+    results["largest"] = {OURS: {"batch": 2048, "then": "CUDA out of memory"}, EAGER: {"batch": 512, "then": "no"}}
+    line = forward_table(results).split("\n")[-1]
+    assert "a multiple of 64: fusedlm 2,048, transformers 512 (of more it says: no); G, torch 2" in line
