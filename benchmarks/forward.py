@@ -110,7 +110,7 @@ def _seconds(call: Callable[[], object], calls: int, cuda: bool) -> float:
 
 
 def measure(
-    found: Mapping[str, Contender], ids: Tensor, *, rounds: int = 5, calls: int = 2
+    found: Mapping[str, Contender], ids: Tensor, *, rounds: int = 5, calls: int = 1
 ) -> dict[str, dict[str, float]]:
     """By contender: median seconds of a call, and the bytes that one needs beyond the weights."""
     cuda = ids.is_cuda
@@ -246,6 +246,7 @@ def forward_table(results: Mapping[str, Any]) -> str:
     text = "\n".join(lines)
     about = results["environment"]
     text += f"\n\n{results['preset']}, {results['batch']} x {results['context']} tokens, hidden states; "
+    text += "tf32 is fp32 whose products may take tensor cores; "
     if results["largest"]:
         batches = (
             f"{name} {found['batch']:,}" + ("" if "memory" in found["then"] else f" (of more it says: {found['then']})")
