@@ -150,7 +150,7 @@ def largest_batch(fits: Callable[[int], bool], guess: int, *, step: int = 64) ->
     return known * step
 
 
-def limit_of(contender: Contender, context: int, bytes_a_row: float) -> dict[str, Any]:
+def limit_of(contender: Contender, context: int, bytes_a_row: float) -> tuple[int, str]:
     """How many rows of context tokens a contender takes, and what it says of more. bytes_a_row: about what one needs.
 
     Where it is compiled, it is so once more, for any number of rows.
@@ -174,7 +174,7 @@ def limit_of(contender: Contender, context: int, bytes_a_row: float) -> dict[str
     gc.collect()
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
-    return {"batch": largest_batch(fits, int(free / bytes_a_row)), "then": said}
+    return largest_batch(fits, int(free / bytes_a_row)), said
 
 
 @torch.no_grad()
@@ -204,7 +204,13 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     del exact
     size = {"preset": options.preset, "batch": options.batch, "context": options.context}
     rows: list[dict[str, Any]] = []
-    results: dict[str, Any] = {"environment": environment(options.commit), **size, "rows": rows, "largest": {}}
+    results: dict[str, Any] = {
+        "environment": environment(options.commit),
+        **size,
+        "rows": rows,
+        "largest": {},
+        "stopped": {},
+    }
     for dtype in options.dtypes:
         with _products(dtype):
             found = contenders(model, DTYPES[dtype], device, compiled=cuda)
@@ -224,8 +230,11 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         needs = {row["variant"]: row["peak_bytes"] / len(ids) for row in rows if row["dtype"] == "fp16"}
         found = contenders(model, torch.float16, device, compiled=True)
         for name in (OURS, EAGER, CAUSAL) if needs else ():
-            results["largest"][name] = limit_of(found[name], options.context, needs[name])
-            print(f"largest batch, fp16, {name}: {results['largest'][name]}", flush=True)
+            batch, said = limit_of(found[name], options.context, needs[name])
+            results["largest"][name] = batch
+            if "memory" not in said:
+                results["stopped"][name] = said
+            print(f"largest batch, fp16, {name}: {batch:,}; of more it says: {said}", flush=True)
         yield results
 
 
@@ -248,11 +257,12 @@ def forward_table(results: Mapping[str, Any]) -> str:
     text += f"\n\n{results['preset']}, {results['batch']} x {results['context']} tokens, hidden states; "
     text += "tf32 is fp32 whose products may take tensor cores; "
     if results["largest"]:
+        stopped = results.get("stopped", {})  # by something else than memory
         batches = (
-            f"{name} {found['batch']:,}" + ("" if "memory" in found["then"] else f" (of more it says: {found['then']})")
-            for name, found in results["largest"].items()
+            f"{name} {batch:,}" + (f" (of more it says: {stopped[name]})" if name in stopped else "")
+            for name, batch in results["largest"].items()
         )
-        text += f"largest batch in fp16, a multiple of 64: {', '.join(batches)}; "
+        text += f"largest batch found in fp16: {', '.join(batches)}; "
     return text + f"{about.get('gpu', about.get('cpu'))}, torch {about['torch']}, {about['date']}."
 
 

@@ -140,9 +140,9 @@ def test_what_stops_a_contender_is_told(monkeypatch: pytest.MonkeyPatch) -> None
             raise torch.OutOfMemoryError("CUDA out of memory")
         return ids
 
-    assert limit_of(contender, 3, 5.0) == {"batch": 512, "then": "CUDA out of memory"}
+    assert limit_of(contender, 3, 5.0) == (512, "CUDA out of memory")
     results = {"preset": "gpt2", "batch": 512, "context": 300, "environment": MACHINE}
     results["rows"] = [{"dtype": "fp16", "variant": name, "seconds": 1.0, "peak_bytes": 1.0} for name in (OURS, EAGER)]
-    results["largest"] = {OURS: {"batch": 2048, "then": "CUDA out of memory"}, EAGER: {"batch": 512, "then": "no"}}
+    results |= {"largest": {OURS: 2048, EAGER: 512}, "stopped": {EAGER: "too many blocks"}}
     line = forward_table(results).split("\n")[-1]
-    assert "a multiple of 64: fusedlm 2,048, transformers 512 (of more it says: no); G, torch 2" in line
+    assert "found in fp16: fusedlm 2,048, transformers 512 (of more it says: too many blocks); G, torch 2" in line
