@@ -201,7 +201,7 @@ def test_forward_passes_have_a_block_of_their_own(pages: Path) -> None:
     write_report(pages, pages / "docs", plots=False)
     forward, steps, _ = page.read_text().split("<!-- end -->")
     assert "| fp16 | 60.0 | 120.0 | 80.0 | 0.75 | 1.00 / 1.00 / 1.00 |" in forward
-    assert "largest batch in fp16 (to an eighth): fusedlm 16,384; G, torch 2, later." in forward
+    assert "largest batch found in fp16: fusedlm 16,384; G, torch 2, later." in forward
     assert "G, torch 2, today." in steps
     assert "later" not in steps
 
