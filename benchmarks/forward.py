@@ -6,6 +6,8 @@ digits.
 """
 
 import argparse
+import copy
+import gc
 import json
 import statistics
 import tempfile
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.environment import environment, head
+from benchmarks.peers.causal import use_causal_attention
 from fusedlm.checkpoint.huggingface import save_huggingface
 from fusedlm.kernels import backend
 from fusedlm.models import PRESETS, DecoderModel, build_model
@@ -26,6 +29,7 @@ from fusedlm.models import PRESETS, DecoderModel, build_model
 Contender = Callable[[Tensor], Tensor]  # ids, (B, T), to hidden states, (B, T, C)
 
 OURS, EAGER, COMPILED = "fusedlm", "transformers", "transformers, compiled"
+CAUSAL = "transformers, compiled, causal"  # and told so, see peers/causal.py
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FURTHER = 2.0  # how much further from float64 than transformers ours may be
 
@@ -44,7 +48,10 @@ def _products(dtype: str) -> Iterator[None]:
 def contenders(
     model: DecoderModel, dtype: torch.dtype, device: torch.device, *, compiled: bool
 ) -> dict[str, Contender]:
-    """Ours and transformers', of one model's weights. compiled: transformers' by torch.compile too."""
+    """Ours and transformers', of one model's weights.
+
+    compiled: transformers' by torch.compile too, as it is and, where flash attention takes the dtype, at its best.
+    """
     import transformers
 
     with tempfile.TemporaryDirectory() as folder:
@@ -58,9 +65,17 @@ def contenders(
         EAGER: lambda ids: theirs(ids, use_cache=False).last_hidden_state,
     }
     if compiled:
-        function = torch.compile(theirs, dynamic=False)
-        found[COMPILED] = lambda ids: function(ids, use_cache=False).last_hidden_state
+        found[COMPILED] = _compiled(theirs)
+    if compiled and dtype.itemsize == 2:
+        causal = copy.deepcopy(theirs)
+        use_causal_attention(causal)
+        found[CAUSAL] = _compiled(causal)
     return found
+
+
+def _compiled(theirs: Any) -> Contender:
+    function = torch.compile(theirs, dynamic=False)
+    return lambda ids: function(ids, use_cache=False).last_hidden_state
 
 
 def errors(found: Mapping[str, Contender], truth: Tensor, ids: Tensor) -> dict[str, float]:
@@ -95,7 +110,7 @@ def _seconds(call: Callable[[], object], calls: int, cuda: bool) -> float:
 
 
 def measure(
-    found: Mapping[str, Contender], ids: Tensor, *, rounds: int = 5, calls: int = 2
+    found: Mapping[str, Contender], ids: Tensor, *, rounds: int = 5, calls: int = 1
 ) -> dict[str, dict[str, float]]:
     """By contender: median seconds of a call, and the bytes that one needs beyond the weights."""
     cuda = ids.is_cuda
@@ -117,35 +132,69 @@ def measure(
     return {name: {"seconds": statistics.median(t), "peak_bytes": peaks.get(name, 0.0)} for name, t in times.items()}
 
 
-def largest_batch(contender: Contender, ids: Tensor, *, step: int = 512) -> int:
-    """How many rows of ids' length a contender can take: a multiple of step, to an eighth, until memory runs out."""
+def largest_batch(fits: Callable[[int], bool], guess: int, *, step: int = 64) -> int:
+    """The largest multiple of step that fits, 0 if none does. guess: about that; from there in strides that double."""
+    at, stride = max(guess // step, 1), 1  # all in steps
+    known, refused = 0, None
+    while refused is None or refused - known > 1:
+        if fits(at * step):
+            known = at
+        else:
+            refused = at
+        if refused is None:
+            at, stride = known + stride, 2 * stride
+        elif known == 0:
+            at, stride = max(refused - stride, 1), 2 * stride
+        else:
+            at = (known + refused) // 2
+    return known * step
+
+
+def limit_of(contender: Contender, context: int, bytes_a_row: float) -> tuple[int, str]:
+    """How many rows of context tokens a contender takes, and what it says of more. bytes_a_row: about what one needs.
+
+    Where it is compiled, it is so once more, for any number of rows.
+    """
+    said = ""
 
     def fits(rows: int) -> bool:
+        nonlocal said
+        gc.collect()  # what an attempt that failed has left
+        torch.cuda.empty_cache()
+        ids = torch.zeros(rows, context, dtype=torch.int64, device="cuda")
+        torch._dynamo.maybe_mark_dynamic(ids, 0)
         try:
-            contender(ids[:1].expand(rows, -1).contiguous())
+            contender(ids)
             torch.cuda.synchronize()
-        except torch.cuda.OutOfMemoryError:
+        except (RuntimeError, OverflowError) as error:  # whatever it is, so many it cannot take
+            said = str(error).strip().split("\n")[0]
             return False
-        finally:
-            torch.cuda.empty_cache()
         return True
 
-    low, high = 0, step
-    while fits(high):
-        low, high = high, 2 * high
-    while high - low > max(step, low // 8):
-        middle = (low + high) // 2 // step * step
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    return largest_batch(fits, int(free / bytes_a_row)), said
+
+
+@torch.no_grad()
+def random_model(preset: str) -> DecoderModel:
+    """Of random weights; biases and norms' scales too, for zeros and ones would hide that one is left out."""
+    model = build_model(PRESETS[preset])
+    generator = torch.Generator().manual_seed(1)
+    model.init_weights(generator)
+    for p in model.parameters():
+        if p.ndim == 1:
+            p.add_(torch.randn(p.shape, generator=generator), alpha=0.1)
+    return model
 
 
 @torch.no_grad()
 def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The results so far after each dtype: rows, and in fp16 the largest batches."""
+    """The results so far, after each dtype and at the end: rows, and in fp16 the largest batches."""
     device = torch.device(options.device)
     cuda = device.type == "cuda"
-    model = build_model(PRESETS[options.preset])
-    model.init_weights(torch.Generator().manual_seed(1))
+    model = random_model(options.preset)
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(model.config.vocab_size, (options.batch, options.context), generator=generator).to(device)
     exact = build_model(model.config, device=device, dtype=torch.float64).eval()
@@ -155,7 +204,13 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     del exact
     size = {"preset": options.preset, "batch": options.batch, "context": options.context}
     rows: list[dict[str, Any]] = []
-    results: dict[str, Any] = {"environment": environment(options.commit), **size, "rows": rows, "largest": {}}
+    results: dict[str, Any] = {
+        "environment": environment(options.commit),
+        **size,
+        "rows": rows,
+        "largest": {},
+        "stopped": {},
+    }
     for dtype in options.dtypes:
         with _products(dtype):
             found = contenders(model, DTYPES[dtype], device, compiled=cuda)
@@ -166,12 +221,20 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     {"dtype": dtype, "variant": name, **measured, "tokens_per_second": rate, "error": far[name]}
                 )
                 print(f"{dtype}, {name}: {measured['seconds'] * 1e3:.1f} ms", flush=True)
-            if dtype == "fp16" and cuda and options.largest:
-                results["largest"] = {name: largest_batch(found[name], ids) for name in (OURS, EAGER)}
         del found
         torch._dynamo.reset()
         if cuda:
             torch.cuda.empty_cache()
+        yield results
+    if cuda and options.largest:  # last, for what fails for want of memory may leave a GPU that does nothing more
+        needs = {row["variant"]: row["peak_bytes"] / len(ids) for row in rows if row["dtype"] == "fp16"}
+        found = contenders(model, torch.float16, device, compiled=True)
+        for name in (OURS, EAGER, CAUSAL) if needs else ():
+            batch, said = limit_of(found[name], options.context, needs[name])
+            results["largest"][name] = batch
+            if "memory" not in said:
+                results["stopped"][name] = said
+            print(f"largest batch, fp16, {name}: {batch:,}; of more it says: {said}", flush=True)
         yield results
 
 
@@ -185,16 +248,21 @@ def forward_table(results: Mapping[str, Any]) -> str:
     ]
     for dtype in dict.fromkeys(row["dtype"] for row in results["rows"]):
         at = {row["variant"]: row for row in results["rows"] if row["dtype"] == dtype}
-        share = at[OURS]["seconds"] / min(at[name]["seconds"] for name in others)
-        times = " | ".join(f"{at[name]['seconds'] * 1e3:.1f}" for name in names)
-        memory = " / ".join(f"{at[name]['peak_bytes'] / 2**30:.2f}" for name in names)
+        share = at[OURS]["seconds"] / min(at[name]["seconds"] for name in others if name in at)
+        times = " | ".join(f"{at[name]['seconds'] * 1e3:.1f}" if name in at else "" for name in names)
+        memory = " / ".join(f"{at[name]['peak_bytes'] / 2**30:.2f}" if name in at else "-" for name in names)
         lines.append(f"| {dtype} | {times} | {share:.2f} | {memory} |")
     text = "\n".join(lines)
     about = results["environment"]
     text += f"\n\n{results['preset']}, {results['batch']} x {results['context']} tokens, hidden states; "
+    text += "tf32 is fp32 whose products may take tensor cores; "
     if results["largest"]:
-        batches = ", ".join(f"{name} {count:,}" for name, count in results["largest"].items())
-        text += f"largest batch in fp16 (to an eighth): {batches}; "
+        stopped = results.get("stopped", {})  # by something else than memory
+        batches = (
+            f"{name} {batch:,}" + (f" (of more it says: {stopped[name]})" if name in stopped else "")
+            for name, batch in results["largest"].items()
+        )
+        text += f"largest batch found in fp16: {', '.join(batches)}; "
     return text + f"{about.get('gpu', about.get('cpu'))}, torch {about['torch']}, {about['date']}."
 
 

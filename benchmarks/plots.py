@@ -25,11 +25,14 @@ from benchmarks.tables import (
     sizes_of,
 )
 
-# Okabe and Ito's palette, which colour-blind people tell apart; markers differ too.
+# Okabe and Ito's palette, which colour-blind people tell apart; markers differ too. Those alike never meet in a figure.
 STYLES: dict[str, dict[str, Any]] = {
     "fusedlm": {"color": "#D55E00", "marker": "o", "linewidth": 2.4, "zorder": 5},
     "torch": {"color": "#0072B2", "marker": "s"},
     "torch-topk": {"color": "#56B4E9", "marker": "v"},
+    "cublaslt": {"color": "#56B4E9", "marker": "v"},
+    "cudnn": {"color": "#56B4E9", "marker": "v"},
+    "flex": {"color": "#E69F00", "marker": "P"},
     "compile": {"color": "#009E73", "marker": "^"},
     "liger": {"color": "#AA6FB0", "marker": "D"},
 }

@@ -64,6 +64,10 @@ torch.compile of them, Liger-Kernel.
     ]
     if any(row["variant"].startswith("torch-") for row in rows):
         parts.append("torch-topk and the like are other ways to do it with torch's operators.\n")
+    named = {row["variant"] for row in rows}
+    others = {"cublaslt": "cuBLASLt's fused GELU", "cudnn": "cuDNN's attention", "flex": "compiled flex attention"}
+    if named & others.keys():
+        parts.append(f"{', '.join(f'{k} is {v}' for k, v in others.items() if k in named)}, each as torch offers it.\n")
     if any(not row.get("graph", True) for row in rows):
         parts.append("\\* waits for the GPU inside, so that it cannot be in a graph; called from the host.\n")
     if any("extra_bytes" in row for row in rows):

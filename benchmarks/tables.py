@@ -8,7 +8,15 @@ from typing import Any
 Row = Mapping[str, Any]
 Group = tuple[Row, dict[str, Row]]  # ours, and the peers by name
 
-PEERS = {"torch": "torch", "torch-topk": "torch, topk", "compile": "torch.compile", "liger": "Liger"}
+PEERS = {
+    "torch": "torch",
+    "torch-topk": "torch, topk",
+    "cublaslt": "cuBLASLt",
+    "cudnn": "cuDNN",
+    "flex": "flex attention",
+    "compile": "torch.compile",
+    "liger": "Liger",
+}
 PASSES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 EVEN = 0.98  # of a peer's speed, from which on ours counts as no slower: runs differ by as much
 

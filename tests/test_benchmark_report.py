@@ -82,6 +82,42 @@ def test_figures_of_products_tell_memory_and_who_waits() -> None:
     assert lines[4].endswith("\\* waits for the GPU inside, so it is timed from the host.")
 
 
+def test_figures_of_products_with_epilogues() -> None:
+    """Sizes of other names beside each other, and a peer that has no backward pass."""
+    shapes = {
+        "linear_gelu": {"M": 32, "K": 8, "N": 16, "activation": "gelu_tanh"},
+        "linear_add": {"M": 32, "K": 8, "N": 8, "residual": True},
+        "mlp": {"M": 32, "K": 8, "F": 16, "N": 8, "activation": "gelu_tanh"},
+    }
+    rows = []
+    for op, shape in shapes.items():
+        for direction in ("forward", "backward"):
+            times = {"fusedlm": 1e-4, "torch": 2e-4, "compile": 1.5e-4}
+            if op == "linear_gelu" and direction == "forward":
+                times["cublaslt"] = 1.1e-4
+            for name, seconds in times.items():
+                row = measured(name, seconds, op=op, shape=shape, direction=direction, share_of_matmul=0.8)
+                del row["share_of_copy"]
+                rows.append(row)
+    lines = figures(rows, list(shapes), "a GPU").split("\n")
+    assert lines[0] == ("| op | shape | pass | us | share of the products' rate | torch | cuBLASLt | torch.compile |")
+    assert lines[2:4] == [
+        "| linear_gelu | 32 x 8 x 16, activation=gelu_tanh | forward | 100.0 | 80% | 2.00x | 1.10x | 1.50x |",
+        "| linear_gelu | 32 x 8 x 16, activation=gelu_tanh | backward | 100.0 | 80% | 2.00x |  | 1.50x |",
+    ]
+    assert lines[6].startswith("| mlp | 32 x 8 x 16 x 8, activation=gelu_tanh | forward | ")
+    assert "cublaslt 1.10x" in ops_table(rows).splitlines()[2]
+    pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install '.[bench]'")
+    from benchmarks.plots import op_figure, summary_figure
+
+    axes = op_figure("linear_gelu", rows).axes
+    labels = [label.get_text() for label in axes[0].get_xticklabels()]
+    bars = {label: bar.get_height() for label, bar in zip(labels, axes[0].patches, strict=True)}
+    assert bars == pytest.approx({"torch": 200, "torch.compile": 150, "cuBLASLt": 110, "fusedlm": 100})
+    assert axes[1].get_ylabel() == "share of matmul rate"
+    assert [bar.get_width() for bar in summary_figure(rows).axes[0].patches] == pytest.approx([1.1, 1.5, *[1.5] * 4])
+
+
 def test_the_summary_tells_the_worst_too() -> None:
     rows = [measured("fusedlm", 1e-5, op=f"op{i}", direction=d) for i in range(4) for d in ("forward", "backward")]
     for i, row in enumerate(list(rows)):
@@ -165,7 +201,7 @@ def test_forward_passes_have_a_block_of_their_own(pages: Path) -> None:
     write_report(pages, pages / "docs", plots=False)
     forward, steps, _ = page.read_text().split("<!-- end -->")
     assert "| fp16 | 60.0 | 120.0 | 80.0 | 0.75 | 1.00 / 1.00 / 1.00 |" in forward
-    assert "largest batch in fp16 (to an eighth): fusedlm 16,384; G, torch 2, later." in forward
+    assert "largest batch found in fp16: fusedlm 16,384; G, torch 2, later." in forward
     assert "G, torch 2, today." in steps
     assert "later" not in steps
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from fusedlm.kernels._backend import interpreting
 from fusedlm.kernels._triton import triton
 
+_WIDE = 2**31
 _compiled: dict[Any, Any] = {}
 _recorded: list["Launch"] | None = None
 _recorded_capability = 90
@@ -70,7 +71,8 @@ def launch(
     bits = 0
     for pointer in pointers:
         bits |= pointer or 0
-    integers = [i % 16 == 0 or (i == 1 and 2) for i in scalars if type(i) is int]
+    # Of an integer compiled code depends on whether 16 divides it, whether it is 1, and whether 32 bits hold it.
+    integers = [i % 16 == 0 or (i == 1 and 2) if -_WIDE <= i < _WIDE else (i % 16,) for i in scalars if type(i) is int]
     full = (id(kernel), device, key, *constants.values(), *integers)
     # Which pointers are not aligned is not part of the key: those calls go Triton's own way.
     found = None if bits & 15 else _compiled.get(full)
