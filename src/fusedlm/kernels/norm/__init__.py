@@ -106,13 +106,13 @@ def _forward(
     seed: Tensor | None = None,
     stream: int = 0,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(y, drop(x) + r where r is given, statistics where asked for: (1, M) rstd or (2, M) rstd and mean)."""
+    """(y, drop(x) + r where r is given, statistics where asked for: see `_statistics_size`)."""
     x2 = rows(x)
     M, N = x2.shape
     r2 = rows(r) if r is not None else None
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = torch.empty_like(y) if r2 is not None else None
-    both = torch.empty((2 if mean else 1, M), dtype=torch.float32, device=x.device) if stats else None
+    both = torch.empty(_statistics_size(M, mean), dtype=torch.float32, device=x.device) if stats else None
     rstd, means = (None, None) if both is None else (both[0], both[1] if mean else None)
     if M:
         key = (x.dtype, weight.dtype, None if bias is None else bias.dtype, stats, seed is None)
@@ -122,9 +122,13 @@ def _forward(
     return y, total, both
 
 
+def _statistics_size(M: int, mean: bool) -> tuple[int, int]:
+    """A line of rstd, and one of means; as long as leaves both aligned, for else a launch takes Triton's slow way."""
+    return 2 if mean else 1, -(-M // 4) * 4
+
+
 def _fake_statistics(x: Tensor, mean: bool) -> Tensor:
-    M = x.numel() // max(x.shape[-1], 1)
-    return x.new_empty((2 if mean else 1, M), dtype=torch.float32)
+    return x.new_empty(_statistics_size(x.numel() // max(x.shape[-1], 1), mean), dtype=torch.float32)
 
 
 @operator(fake=lambda x, w, b, eps, mean: (x.new_empty(x.shape), _fake_statistics(x, mean)))
