@@ -16,6 +16,7 @@ from benchmarks.cache import PeerCache
 from benchmarks.environment import environment, head
 from benchmarks.peers import Peer, peers_of
 from benchmarks.prepare import jobs_of, prepare
+from benchmarks.processes import alike_gpus
 from benchmarks.tables import ops_table
 from benchmarks.timing import Work, copy_bandwidth, input_sets, matmul_rate, peak_memory, time_variants
 from benchmarks.work import disagreement, make_inputs, own_copy, works
@@ -181,7 +182,7 @@ def _run(options: argparse.Namespace) -> None:
                 compiled.append(i)
         jobs += jobs_of(name, shapes, quick=options.quick, compiled=compiled)
     jobs.sort(key=lambda job: job.kind != "compile")  # the longest first
-    prepared = prepare(jobs, processes=options.processes)
+    prepared = prepare(jobs, processes=options.processes, gpus=alike_gpus())
     print(f"contract and compilation: {time.perf_counter() - begin:.1f} s, {len(jobs)} jobs", flush=True)
     limits = measured_limits(device)
     seconds: dict[str, dict[str, float]] = {}

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from benchmarks.work import make_inputs, own_copy, works
 from fusedlm.testing import check, checks
 from fusedlm.testing.cases import CASES
 
-LONG = 20.0  # seconds; who waits for a job that takes longer is told
+LONG = 10.0  # seconds; who waits for a job that takes longer is told
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,14 @@ def jobs_of(op: str, shapes: Sequence[int], *, quick: bool, compiled: Sequence[i
     return jobs + [Job("check", op, shape=i) for i in shapes]
 
 
-def _start() -> None:
+def begin_process(count: Any, gpus: Sequence[str]) -> None:
+    """How every process begins. count: shared by them all, how many have begun; they take the GPUs in turn."""
     import torch._inductor.config
+
+    if gpus:
+        with count.get_lock():
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpus[count.value % len(gpus)]  # it counts: CUDA has not begun
+            count.value += 1
 
     torch._inductor.config.compile_threads = 1  # the processes are many already
 
@@ -95,8 +102,17 @@ class Prepared:
     refused: dict[str, str]
 
 
-def prepare(jobs: Sequence[Job], *, processes: int | None = None, do: Callable[[Job], float] = run_job) -> Prepared:
+def prepare(
+    jobs: Sequence[Job],
+    *,
+    processes: int | None = None,
+    gpus: Sequence[str] = (),
+    do: Callable[[Job], float] = run_job,
+) -> Prepared:
     """Do all jobs. processes: 0 does them in this one; as many as suit the machine where None is given.
+
+    gpus: names of alike GPUs that CUDA_VISIBLE_DEVICES takes, over which the processes are spread; none: they all use
+    those that this process does.
 
     A kernel that faults leaves its process without a GPU, and one that crashes takes the others' processes along: what
     failed so may be another op's fault and is done again, each job in a process of its own. Jobs that find no memory
@@ -121,9 +137,10 @@ def prepare(jobs: Sequence[Job], *, processes: int | None = None, do: Callable[[
             finish(job, lambda job=job: do(job))  # type: ignore[misc]
         return prepared
     context = multiprocessing.get_context("spawn")  # a process that has used the GPU cannot be forked
+    begin = begin_process, (context.Value("i", 0), gpus)
 
     def alone(job: Job) -> float:
-        with ProcessPoolExecutor(1, context, initializer=_start) as pool:
+        with ProcessPoolExecutor(1, context, *begin) as pool:
             return pool.submit(do, job).result()
 
     def gather(futures: dict[Future[float], Job], *, again: bool) -> None:
@@ -136,7 +153,7 @@ def prepare(jobs: Sequence[Job], *, processes: int | None = None, do: Callable[[
             else:
                 finish(futures[future], future.result)
 
-    with ProcessPoolExecutor(processes, context, initializer=_start) as pool:
+    with ProcessPoolExecutor(processes, context, *begin) as pool:
         gather({pool.submit(do, job): job for job in jobs}, again=True)
     with ThreadPoolExecutor(processes) as threads:  # each waits for a process
         gather({threads.submit(alone, job): job for job in faulty}, again=False)

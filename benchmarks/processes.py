@@ -42,6 +42,12 @@ def visible_gpus() -> list[str]:
     return names[: torch.cuda.device_count()]
 
 
+def alike_gpus() -> list[str]:
+    """Those of them that are the same model as the first."""
+    models = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return [gpu for gpu, model in zip(visible_gpus(), models, strict=True) if model == models[0]]
+
+
 def run_jobs(
     jobs: Sequence[Job], gpus: Sequence[str], logs: Path, ended: Callable[[Ended], None], *, patience: float = 10.0
 ) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,8 @@ from benchmarks.host import host_rows
 from benchmarks.ops import OURS, Limits, directions_of, run_shape, shapes_of, told
 from benchmarks.peers import Peer, peers_of
 from benchmarks.peers.eager import COMPILED, EAGER, MORE
-from benchmarks.prepare import Job, Prepared, jobs_of, prepare, run_job
+from benchmarks.prepare import Job, Prepared, begin_process, jobs_of, prepare, run_job
+from benchmarks.processes import alike_gpus
 from benchmarks.report import refuse_cached
 from benchmarks.tables import host_table
 from benchmarks.timing import host_seconds, input_sets
@@ -228,7 +230,7 @@ def test_a_run_writes_all_it_measured(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setitem(CASES, "gelu", _small("gelu"))
     monkeypatch.setattr("benchmarks.ops.environment", lambda commit: MACHINE)
     monkeypatch.setattr("benchmarks.ops.measured_limits", lambda device: LIMITS)
-    monkeypatch.setattr("benchmarks.ops.prepare", lambda jobs, processes: Prepared(dict.fromkeys(jobs, 1.5), {}))
+    monkeypatch.setattr("benchmarks.ops.prepare", lambda jobs, **_: Prepared(dict.fromkeys(jobs, 1.5), {}))
     monkeypatch.setattr(
         "benchmarks.ops.run_shape",
         lambda case, shape, limits, device, cache, compare: [measured(OURS, 1e-5), measured("torch", 2e-5)],
@@ -311,7 +313,7 @@ def test_a_peer_without_a_backward_pass_is_compiled_forward_alone(monkeypatch: p
 def test_what_is_refused_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.ops.environment", lambda commit: MACHINE)
     monkeypatch.setattr("benchmarks.ops.measured_limits", lambda device: LIMITS)
-    monkeypatch.setattr("benchmarks.ops.prepare", lambda jobs, processes: Prepared({}, {"gelu": "is off"}))
+    monkeypatch.setattr("benchmarks.ops.prepare", lambda jobs, **_: Prepared({}, {"gelu": "is off"}))
     monkeypatch.setattr("benchmarks.ops.run_shape", lambda case, *_, **__: [measured(OURS, 1e-5, op=case.name)])
     options = {"names": ["gelu", "swiglu"], "out": tmp_path, "commit": None, "quick": True, "cache": None}
     with pytest.raises(SystemExit, match="not timed: gelu: is off"):
@@ -360,6 +362,26 @@ def test_an_op_that_takes_its_process_along_costs_no_other_its_figures() -> None
     done = prepare([Job("check", "crashes"), well], processes=1, do=_crash)
     assert done.seconds == {well: 1.0}
     assert done.refused.keys() == {"crashes"}
+
+
+def _where(job: Job) -> float:
+    return float(os.environ["CUDA_VISIBLE_DEVICES"])
+
+
+def test_processes_are_spread_over_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job("check", "op")
+    assert prepare([job], processes=1, gpus=["7"], do=_where).seconds == {job: 7.0}
+    count = multiprocessing.get_context("spawn").Value("i", 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    taken = []
+    for _ in range(3):
+        begin_process(count, ["2", "5"])
+        taken.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    assert taken == ["2", "5", "2"]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setattr("torch.cuda.get_device_name", ["H100", "L4", "H100"].__getitem__)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,3")
+    assert alike_gpus() == ["4", "3"]
 
 
 def test_sets_of_inputs_go_past_the_cache() -> None:
