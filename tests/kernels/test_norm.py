@@ -97,3 +97,41 @@ def test_statistics_are_aligned_whatever_the_number_of_rows() -> None:
         layer_norm(x, torch.ones(24, device=DEVICE), torch.zeros(24, device=DEVICE)).sum().backward()
     assert len(seen) > 8
     assert not any(seen)
+
+
+@pytest.mark.parametrize("used", [(True, False), (False, True)])
+@pytest.mark.parametrize(("summed", "p"), [(False, 0.0), (True, 0.0), (True, 0.4)])
+@pytest.mark.parametrize("add", [add_layer_norm, add_rms_norm])
+def test_gradients_where_one_of_both_outputs_is_used(add: Any, summed: bool, p: float, used: tuple[bool, bool]) -> None:
+    """What nobody used has no gradient, and no tensor of zeros is made and read in its place."""
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(s, generator=generator, dtype=torch.float64) for s in ((7, 20), (7, 20), (20,))]
+    upstream = torch.randn(7, 20, generator=generator, dtype=torch.float64)
+    options = {"dropout_p": p, "seed": torch.tensor([3]) if p else None}
+
+    def gradients(dtype: torch.dtype, device: str, name: str) -> list[torch.Tensor | None]:
+        x, residual, weight = (t.to(device, dtype).requires_grad_() for t in given)
+        more = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        with backend(name):  # type: ignore[arg-type]
+            outputs = add(x, residual if summed else None, weight, **more)
+            loss = sum((y * upstream.to(y)).sum() for y, wanted in zip(outputs, used, strict=True) if wanted)
+            return list(torch.autograd.grad(loss, (x, residual, weight), allow_unused=True))  # type: ignore[arg-type]
+
+    for ours, truth in zip(
+        gradients(torch.float32, DEVICE, "triton"), gradients(torch.float64, "cpu", "torch"), strict=True
+    ):
+        if ours is None or truth is None:  # a weight that the outputs do not depend on
+            assert truth is None or not truth.any()
+            assert ours is None or not ours.any()
+        else:
+            torch.testing.assert_close(ours.cpu().double(), truth, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sum_is_handed_on_and_takes_no_dropout() -> None:
+    x, weight = torch.randn(3, 8, device=DEVICE), torch.ones(8, device=DEVICE)
+    with backend("triton"):
+        y, total = add_rms_norm(x, None, weight)
+        assert total.data_ptr() == x.data_ptr()
+        assert torch.equal(y, rms_norm(x, weight))
+    with pytest.raises(ValueError, match=r"dropout_p is 0\.1 and residual is None; expected 0"):
+        add_layer_norm(x, None, weight, dropout_p=0.1)

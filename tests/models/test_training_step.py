@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedlm.kernels import AdamW
+from fusedlm.kernels import AdamW, backend
 from fusedlm.models import DecoderModel, GPT2Config, LlamaConfig, RopeScaling, build_model
 
 SIZES: dict[str, Any] = {"context_length": 96, "n_layers": 2, "n_heads": 4, "head_dim": 16, "width": 64}
@@ -81,6 +81,40 @@ def test_the_loss_is_that_of_the_logits_and_so_are_its_gradients(name: str) -> N
 
 
 @both
+def test_the_kernels_gradients_where_products_add_to_the_residual_stream(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forced, every product with a residual is a kernel of ours: none is left to the norm behind it."""
+    pytest.importorskip("triton", reason="the kernels need Triton")
+    from fusedlm.models import layers
+
+    alone: list[bool] = []
+    add_norm = layers.add_norm
+
+    def noted(norm: Any, x: Tensor, residual: Tensor | None, *rest: Any) -> Any:
+        alone.append(residual is None)
+        return add_norm(norm, x, residual, *rest)
+
+    monkeypatch.setattr(layers, "add_norm", noted)
+    ids, targets = tokens(2, 16)
+    truth = model_of(name)
+    loss = truth.loss(ids, targets)
+    loss.backward()  # type: ignore[no-untyped-call]
+    model = model_of(name, dtype=torch.float32, device=DEVICE)
+    alone.clear()
+    with backend("triton"):
+        found = model.loss(ids.to(DEVICE), targets.to(DEVICE))
+        found.backward()  # type: ignore[no-untyped-call]
+    assert alone == [True] * 2 * SIZES["n_layers"]
+    assert abs(found.item() - loss.item()) < 1e-5
+    for (path, ours), theirs in zip(model.named_parameters(), truth.parameters(), strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        far = (ours.grad.cpu().double() - theirs.grad).norm() / theirs.grad.norm()
+        assert far < 1e-5, f"{path}: gradient is {far:.2g} off"
+
+
+@both
 def test_dropout_is_of_training_alone_and_repeats_from_torchs_seed(name: str) -> None:
     model = model_of(name, dropout=0.2, dtype=torch.float32, device=DEVICE)
     plain = model_of(name, dtype=torch.float32, device=DEVICE)
@@ -104,6 +138,8 @@ def test_every_place_that_drops_has_a_mask_of_its_own(name: str, monkeypatch: py
 
     def noted(function: Any) -> Any:
         def call(*args: Any, seed: Tensor, stream: int, **kwargs: Any) -> Any:
+            if args[1] is None:  # the first norm, where nothing is added yet
+                return function(*args, seed=seed, stream=stream, **kwargs)
             assert [a for a in args if isinstance(a, float)][-1] == 0.2
             met.append((int(seed), stream))
             return function(*args, seed=seed, stream=stream, **kwargs)

@@ -54,10 +54,14 @@ class _Norm(nn.Module):
         *,
         seed: Tensor | None = None,
         stream: int = 0,
+        give_sum: bool = False,
     ) -> Any:
-        """norm(x); with a residual (norm(s), s), s = dropout(x) + residual. All are (..., N)."""
+        """norm(x); with a residual (norm(s), s), s = dropout(x) + residual. All are (..., N).
+
+        give_sum: (norm(x), x) where there is no residual, because x is the sum already.
+        """
         norm, add_norm, own = self._ops()
-        if residual is None:
+        if residual is None and not give_sum:
             return norm(x, *own)
         return add_norm(x, residual, *own, dropout_p, self.training, seed=seed, stream=stream)
 

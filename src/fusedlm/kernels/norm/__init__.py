@@ -4,7 +4,7 @@
     RMSNorm    y = x * rstd * w,                  rstd = 1 / sqrt(mean(x^2) + eps)
 Backward, xh the normalised x and g = dy * w:
     dx = rstd * (g - mean(g) - xh * mean(g * xh))   (RMSNorm: without mean(g)),  dw = sum(dy * xh),  db = sum(dy)
-Behind a sum, x = drop(a) + r: both x and y are given, and the gradient of x joins dx.
+Behind a sum, x = drop(a) + r: both x and y are given, and the gradient of x joins dx. Without r, x = a is handed on.
 Numerics: loads are widened to fp32, every sum is fp32, one rounding at each store (where x is stored, y is that of the
 rounded x). Traffic: forward 2*M*N elements, backward 3*M*N; behind a sum 4*M*N and 4*M*N, with dropout 4*M*N and 5*M*N.
 """
@@ -37,7 +37,9 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
-def _sum_ref(x: Tensor, residual: Tensor, p: float, seed: Tensor | None, stream: int) -> Tensor:
+def _sum_ref(x: Tensor, residual: Tensor | None, p: float, seed: Tensor | None, stream: int) -> Tensor:
+    if residual is None:
+        return x
     if seed is not None:
         threshold, scale = drop_threshold(p)
         keep = keep_mask_ref(seed, stream, x[..., 0].numel(), x.shape[-1], threshold).view(x.shape)
@@ -47,7 +49,7 @@ def _sum_ref(x: Tensor, residual: Tensor, p: float, seed: Tensor | None, stream:
 
 def add_layer_norm_ref(
     x: Tensor,
-    residual: Tensor,
+    residual: Tensor | None,
     weight: Tensor,
     bias: Tensor | None = None,
     eps: float = 1e-5,
@@ -61,7 +63,7 @@ def add_layer_norm_ref(
 
 def add_rms_norm_ref(
     x: Tensor,
-    residual: Tensor,
+    residual: Tensor | None,
     weight: Tensor,
     eps: float = 1e-6,
     dropout_p: float = 0.0,
@@ -216,6 +218,25 @@ class _Norm(torch.autograd.Function):
         return dx, dw[0], dw[1] if ctx.has_bias else None, None, None
 
 
+class _NormOfSum(torch.autograd.Function):
+    """A norm that hands on what it is the norm of, so that both gradients of it are summed in the norm's pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, mean: bool) -> Any:
+        y, stats = _norm_forward(x, weight, bias, eps, mean)
+        ctx.save_for_backward(x, weight, stats)
+        ctx.has_bias = bias is not None
+        ctx.set_materialize_grads(False)
+        return y, x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> Any:
+        dy = torch.zeros_like(ds) if dy is None and ds is not None else dy
+        dx, dw = _norm_backward(dy, ds, *ctx.saved_tensors, ctx.has_bias, 0.0, None, 0)
+        return dx, dw[0], dw[1] if ctx.has_bias else None, None, None
+
+
 class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, r: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Any:
@@ -223,11 +244,13 @@ class _AddNorm(torch.autograd.Function):
         _, _, ctx.p, seed, ctx.stream = options
         ctx.save_for_backward(total, weight, stats, seed)
         ctx.has_bias = bias is not None
+        ctx.set_materialize_grads(False)  # the last norm's sum has no gradient: there is nothing to read
         return y, total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, ds: Tensor) -> Any:
+    def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> Any:
+        dy = torch.zeros_like(ds) if dy is None and ds is not None else dy
         total, weight, stats, seed = ctx.saved_tensors
         dr, *dropped, dw = _norm_backward(dy, ds, total, weight, stats, ctx.has_bias, ctx.p, seed, ctx.stream)
         dx = dropped[0] if dropped else dr
@@ -258,7 +281,7 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, mean: b
 
 def _add_norm(
     x: Tensor,
-    residual: Tensor,
+    residual: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     eps: float,
@@ -269,6 +292,10 @@ def _add_norm(
     mean: bool,
 ) -> tuple[Tensor, Tensor]:
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    if residual is None:
+        if _needs_grad(x, weight, bias):
+            return _NormOfSum.apply(x, weight, bias, eps, mean)
+        return _norm(x, weight, bias, eps, mean=mean), x
     if _needs_grad(x, residual, weight, bias):
         return _AddNorm.apply(x, residual, weight, bias, eps, mean, p, seed, stream)
     if torch.compiler.is_compiling():
@@ -300,9 +327,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     return _norm(x, weight, None, eps, mean=False)
 
 
+def _check_sum(x: Tensor, residual: Tensor | None, dropout_p: float) -> None:
+    if residual is None and dropout_p:
+        raise ValueError(f"dropout_p is {dropout_p} and residual is None; expected 0, for there is no sum")
+
+
 def add_layer_norm(
     x: Tensor,
-    residual: Tensor,
+    residual: Tensor | None,
     weight: Tensor,
     bias: Tensor | None = None,
     eps: float = 1e-5,
@@ -314,10 +346,12 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """(layer_norm(s), s) in one pass, s = dropout(x) + residual.
 
-    residual: of x's shape and dtype, any strides. dropout_p, training, seed, stream: as for `dropout`.
-    Raises ValueError where the shapes do not fit.
+    residual: of x's shape and dtype, any strides; None where x is the sum already: then s is x, and the gradients of
+    both are summed in the norm's backward pass. dropout_p, training, seed, stream: as for `dropout`.
+    Raises ValueError where the shapes do not fit, or for dropout without a residual.
     """
     _check(x, residual, weight, bias)
+    _check_sum(x, residual, dropout_p)
     seed = dropout_seed(seed, dropout_p, training, x.device)
     if not use_triton(x) or x.shape[-1] > MAX_N:
         return add_layer_norm_ref(x, residual, weight, bias, eps, dropout_p, seed, stream)
@@ -326,7 +360,7 @@ def add_layer_norm(
 
 def add_rms_norm(
     x: Tensor,
-    residual: Tensor,
+    residual: Tensor | None,
     weight: Tensor,
     eps: float = 1e-6,
     dropout_p: float = 0.0,
@@ -337,6 +371,7 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """(rms_norm(s), s) in one pass, s = dropout(x) + residual. As add_layer_norm, without a bias."""
     _check(x, residual, weight, None)
+    _check_sum(x, residual, dropout_p)
     seed = dropout_seed(seed, dropout_p, training, x.device)
     if not use_triton(x) or x.shape[-1] > MAX_N:
         return add_rms_norm_ref(x, residual, weight, eps, dropout_p, seed, stream)
