@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from fusedlm.kernels import add_layer_norm, add_rms_norm, backend, layer_norm, norm, rms_norm
+from fusedlm.kernels import add_layer_norm, add_rms_norm, backend, layer_norm, linear, norm, rms_norm
+from fusedlm.kernels._columns import column_sums, remember_sums
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
@@ -135,3 +136,39 @@ def test_a_sum_is_handed_on_and_takes_no_dropout() -> None:
         assert torch.equal(y, rms_norm(x, weight))
     with pytest.raises(ValueError, match=r"dropout_p is 0\.1 and residual is None; expected 0"):
         add_layer_norm(x, None, weight, dropout_p=0.1)
+
+
+@pytest.mark.parametrize(("summed", "p"), [(False, 0.0), (True, 0.0), (True, 0.4)])
+def test_the_bias_before_a_norm_has_its_gradient_from_it(
+    summed: bool, p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The norm's backward pass sums what it writes, and nothing reads that again to sum it."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((7, 12), (20, 12), (20,), (7, 20), (20,), (20,))
+    given = [torch.randn(s, generator=generator, dtype=torch.float64) for s in sizes]
+    upstream = [torch.randn(7, 20, generator=generator, dtype=torch.float64) for _ in range(2)]
+
+    def gradients(dtype: torch.dtype, device: str, name: str) -> list[torch.Tensor]:
+        leaves = [t.to(device, dtype).requires_grad_() for t in given]
+        x, w, b, residual, weight, bias = leaves
+        seed = torch.tensor([3], device=device) if p else None
+        with backend(name):  # type: ignore[arg-type]
+            z = linear(x, w, b, residual=None if summed else residual)
+            outputs = add_layer_norm(z, residual if summed else None, weight, bias, dropout_p=p, seed=seed)
+            return list(torch.autograd.grad(outputs, leaves, [u.to(device, dtype) for u in upstream]))
+
+    truth = gradients(torch.float64, "cpu", "torch")
+    monkeypatch.setattr("fusedlm.kernels._columns._column_sums", lambda x: pytest.fail("sums that were there"))
+    for ours, theirs in zip(gradients(torch.float32, DEVICE, "triton"), truth, strict=True):
+        torch.testing.assert_close(ours.cpu().double(), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_sums_that_are_kept_are_those_of_the_tensor_as_it_is() -> None:
+    x = torch.arange(12.0, device=DEVICE).view(4, 3)
+    known = torch.tensor([1.0, 2.0, 3.0], device=DEVICE)
+    remember_sums(x, known)
+    with backend("triton"):
+        assert column_sums(x) is known
+        assert column_sums(x.view(2, 2, 3)).tolist() == [18.0, 22.0, 26.0], "another tensor"
+        x += 1
+        assert column_sums(x).tolist() == [22.0, 26.0, 30.0], "written to since"

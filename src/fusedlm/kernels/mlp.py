@@ -120,7 +120,7 @@ class _MLP(torch.autograd.Function):
         dh, act, dup_bias = _mlp_down_backward(dy2, down, h, ctx.activation, needs[2])
         ddown = dy2.T @ act if needs[3] else None
         del act
-        ddown_bias = (column_sums(dy2) if use_triton(dy2) else dy2.sum(0)) if needs[4] else None
+        ddown_bias = (column_sums(dy) if use_triton(dy) else dy2.sum(0)) if needs[4] else None
         dx, dup = products_backward(dh, x, up, needs[:2])
         return dx, dup, dup_bias if needs[2] else None, ddown, ddown_bias, None, dy if needs[6] else None
 

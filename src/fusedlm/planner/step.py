@@ -68,6 +68,7 @@ class _Step:
 
         element = self.M * self.e
         self.x = element * config.width  # (M, C)
+        self.by_norms = config.width if self.gpt2 and config.width <= 4096 else 0  # biases whose gradient a norm sums
         self.q = element * config.n_heads * config.head_dim  # (M, H * D)
         self.k = element * config.n_kv_heads * config.head_dim  # (M, G * D)
         self.qkv = element * config.qkv_width
@@ -192,12 +193,13 @@ class _Step:
         """The gradients of the residual and, where there is dropout, of what was added to it; else it is the same."""
         dr = self.residual(self.x)
         dx = self.residual(self.x) if dropped else None
-        # Each program's sums of dw (and db); as many programs as fill the GPU with rows of this width.
+        # Each program's sums of dw (and db, and of dx); as many programs as fill the GPU with rows of this width.
         block = 1 << (self.config.width - 1).bit_length()
         each, warps = (32, 8) if ds is not None else (8, 24) if block <= 1024 else (16, 16)
         programs = self.gpu.sms * min(max(warps // min(max(block // (32 * each), 1), 32), 1), 16)
-        partial = self.ledger.take("workspace", self.layer.norm * min(self.M, programs) * 4)
-        self.gradient(self.layer.norm)
+        count = self.layer.norm + self.by_norms
+        partial = self.ledger.take("workspace", count * min(self.M, programs) * 4)
+        self.gradient(count)
         self.ledger.give(partial, dy, ds, s, stats)
         return dr, dx
 
@@ -208,17 +210,19 @@ class _Step:
             kept["y2"] = self.input("residual", self.x)
         dup, act = self.mlp(self.up), self.input("mlp", self.act)  # or the gradient of act, where no kernel has both
         self.activation_sums()
-        self.gradient(layer.size(layer.down))
+        self.gradient(layer.size(layer.down) - self.by_norms)
         give(act)
-        self.bias_sums(layer.down[0])
+        if not self.by_norms:
+            self.bias_sums(layer.down[0])
         dy = self.residual(self.x)
         self.gradient(layer.size(layer.up))
         give(dx, dup, kept["up"], kept["y2"])
         dr, dx = self.norm_backward(dy, dr, kept["s2"], kept["stats2"], self.training.dropout)
 
         do = self.attention(self.q)
-        self.gradient(layer.size(layer.out))
-        self.bias_sums(layer.out[0])
+        self.gradient(layer.size(layer.out) - self.by_norms)
+        if not self.by_norms:
+            self.bias_sums(layer.out[0])
         give(dx, kept.get("o8"))
         delta = self.attention(self.lse)
         dqkv = self.attention(self.qkv)  # side by side

@@ -62,8 +62,8 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        needs, dy2 = ctx.needs_input_grad, rows(dy)
-        return *products_backward(dy2, x, weight, needs[:2]), column_sums(dy2) if needs[2] else None
+        needs = ctx.needs_input_grad
+        return *products_backward(rows(dy), x, weight, needs[:2]), column_sums(dy) if needs[2] else None
 
 
 def _fake_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, tanh: bool, keep: bool) -> tuple[Tensor, Tensor]:
@@ -127,9 +127,9 @@ class _LinearAdd(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, seed = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        dz = rows(dy if seed is None else dropout(dy, ctx.p, seed=seed, stream=ctx.stream))
+        dz = dy if seed is None else dropout(dy, ctx.p, seed=seed, stream=ctx.stream)
         dbias = column_sums(dz) if needs[2] else None
-        return *products_backward(dz, x, weight, needs[:2]), dbias, dy if needs[3] else None, None, None, None
+        return *products_backward(rows(dz), x, weight, needs[:2]), dbias, dy if needs[3] else None, None, None, None
 
 
 def linear(

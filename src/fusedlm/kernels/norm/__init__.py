@@ -5,6 +5,7 @@
 Backward, xh the normalised x and g = dy * w:
     dx = rstd * (g - mean(g) - xh * mean(g * xh))   (RMSNorm: without mean(g)),  dw = sum(dy * xh),  db = sum(dy)
 Behind a sum, x = drop(a) + r: both x and y are given, and the gradient of x joins dx. Without r, x = a is handed on.
+Where there are biases backward sums dx over rows in passing, for the bias of the product that made x.
 Numerics: loads are widened to fp32, every sum is fp32, one rounding at each store (where x is stored, y is that of the
 rounded x). Traffic: forward 2*M*N elements, backward 3*M*N; behind a sum 4*M*N and 4*M*N, with dropout 4*M*N and 5*M*N.
 """
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fusedlm.kernels._backend import use_triton
-from fusedlm.kernels._columns import sum_partials
+from fusedlm.kernels._columns import remember_sums, sum_partials
 from fusedlm.kernels._launch import launch, num_programs, rows
 from fusedlm.kernels._operator import operator
 from fusedlm.kernels._philox import drop_threshold, dropout_seed, keep_mask_ref
@@ -26,6 +27,7 @@ from fusedlm.kernels._triton import triton
 from fusedlm.kernels.norm.kernels import bwd_kernel, fwd_kernel
 
 MAX_N = 65536  # a row is one program's
+SUMS_N = 4096  # up to which the backward pass has registers for sums of dx
 
 
 def layer_norm_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -162,9 +164,11 @@ def _add_norm_forward(
     return y, total, stats
 
 
-def _fake_gradients(dy: Tensor, ds: Any, x: Tensor, weight: Tensor, stats: Any, bias: bool, p: Any, seed: Any, _: Any):
+def _fake_gradients(
+    dy: Any, ds: Any, x: Tensor, weight: Tensor, stats: Any, bias: bool, p: Any, seed: Any, _: Any, sums: bool
+):
     dropped = [x.new_empty(x.shape)] if seed is not None else []
-    return [x.new_empty(x.shape), *dropped, weight.new_empty((2 if bias else 1, *weight.shape))]
+    return [x.new_empty(x.shape), *dropped, weight.new_empty((1 + bias + sums, *weight.shape))]
 
 
 @operator(fake=_fake_gradients)
@@ -178,10 +182,11 @@ def _norm_backward(
     p: float,
     seed: Tensor | None,
     stream: int,
+    sums: bool,
 ) -> list[Tensor]:
-    """[dx, drop(dx) where there is a seed, (1, N) dweight or (2, N) dweight and dbias] of a norm of x.
+    """[dx, drop(dx) where there is a seed, (n, N): dweight, dbias and, if asked for, sums over rows] of a norm of x.
 
-    ds is the gradient of x itself where it was given out too.
+    ds is the gradient of x itself where it was given out too. sums: of drop(dx), or of dx.
     """
     x2, dy2, ds2 = rows(x), rows(dy), rows(ds) if ds is not None else None
     M, N = x2.shape
@@ -189,14 +194,15 @@ def _norm_backward(
     programs = min(M, num_programs(x.device, resident))
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dropped = torch.empty_like(dx) if seed is not None else None
-    partial = torch.empty((2 if bias else 1, programs, N), dtype=torch.float32, device=x.device)
+    partial = torch.empty((1 + bias + sums, programs, N), dtype=torch.float32, device=x.device)
     if not M:
         dweight = torch.zeros((partial.shape[0], N), dtype=weight.dtype, device=x.device)
     else:
         rstd, means = stats[0], stats[1] if stats.shape[0] == 2 else None
-        key = (x.dtype, dy.dtype, weight.dtype, ds2 is None, bias, seed is None)
+        key = (x.dtype, dy.dtype, weight.dtype, ds2 is None, bias, seed is None, sums)
         strides = (dy2.stride(0), 0 if ds2 is None else ds2.stride(0), x2.stride(0))
-        tensors = (dy2, ds2, x2, weight, means, rstd, dx, dropped, partial[0], partial[1] if bias else None, seed)
+        parts = (partial[0], partial[1] if bias else None, partial[-1] if sums else None)
+        tensors = (dy2, ds2, x2, weight, means, rstd, dx, dropped, *parts, seed)
         scalars = (*strides, M, stream, *drop_threshold(p))
         launch(bwd_kernel, (programs, 1, 1), key, tensors, scalars, constants)
         dweight = sum_partials(partial, weight.dtype)
@@ -214,8 +220,13 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        dx, dw = _norm_backward(dy, None, *ctx.saved_tensors, ctx.has_bias, 0.0, None, 0)
+        dx, dw = _norm_backward(dy, None, *ctx.saved_tensors, ctx.has_bias, 0.0, None, 0, False)
         return dx, dw[0], dw[1] if ctx.has_bias else None, None, None
+
+
+def _sums_too(x: Tensor, weight: Tensor, has_bias: bool) -> bool:
+    """Whether the backward pass sums dx over rows: where norms have biases, so has the product that made x."""
+    return has_bias and x.dtype == weight.dtype and x.shape[-1] <= SUMS_N and not torch.compiler.is_compiling()
 
 
 class _NormOfSum(torch.autograd.Function):
@@ -233,7 +244,11 @@ class _NormOfSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> Any:
         dy = torch.zeros_like(ds) if dy is None and ds is not None else dy
-        dx, dw = _norm_backward(dy, ds, *ctx.saved_tensors, ctx.has_bias, 0.0, None, 0)
+        x, weight, stats = ctx.saved_tensors
+        sums = _sums_too(x, weight, ctx.has_bias)
+        dx, dw = _norm_backward(dy, ds, x, weight, stats, ctx.has_bias, 0.0, None, 0, sums)
+        if sums:
+            remember_sums(dx, dw[2])
         return dx, dw[0], dw[1] if ctx.has_bias else None, None, None
 
 
@@ -252,8 +267,11 @@ class _AddNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> Any:
         dy = torch.zeros_like(ds) if dy is None and ds is not None else dy
         total, weight, stats, seed = ctx.saved_tensors
-        dr, *dropped, dw = _norm_backward(dy, ds, total, weight, stats, ctx.has_bias, ctx.p, seed, ctx.stream)
+        sums = _sums_too(total, weight, ctx.has_bias)
+        dr, *dropped, dw = _norm_backward(dy, ds, total, weight, stats, ctx.has_bias, ctx.p, seed, ctx.stream, sums)
         dx = dropped[0] if dropped else dr
+        if sums:
+            remember_sums(dx, dw[2])
         return dx, dr, dw[0], dw[1] if ctx.has_bias else None, None, None, None, None, None
 
 

@@ -68,6 +68,7 @@ def bwd_kernel(
     dropped_ptr,
     dw_ptr,
     db_ptr,
+    dx_sums_ptr,
     seed_ptr,
     dy_stride,
     ds_stride,
@@ -88,6 +89,8 @@ def bwd_kernel(
     dw = tl.zeros((BLOCK_N,), tl.float32)
     if db_ptr is not None:
         db = tl.zeros((BLOCK_N,), tl.float32)
+    if dx_sums_ptr is not None:
+        dx_sums = tl.zeros((BLOCK_N,), tl.float32)
     # The next row is on its way while this one is worked on: the sums over a row would leave the memory idle.
     step = tl.num_programs(0)
     row = tl.cast(pid, tl.int64)
@@ -120,13 +123,18 @@ def bwd_kernel(
         dx *= rstd
         if ds_ptr is not None:
             dx += ds.to(tl.float32)
-        tl.store(dx_ptr + row * N + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        rounded = dx.to(dx_ptr.dtype.element_ty)
+        tl.store(dx_ptr + row * N + cols, rounded, mask=mask)
         if seed_ptr is not None:
             keep = keep_mask(tl.load(seed_ptr), stream, row, 0, threshold, BLOCK_N)
-            dropped = tl.where(keep, dx * scale, 0.0)
-            tl.store(dropped_ptr + row * N + cols, dropped.to(dropped_ptr.dtype.element_ty), mask=mask)
+            rounded = tl.where(keep, dx * scale, 0.0).to(dx_ptr.dtype.element_ty)
+            tl.store(dropped_ptr + row * N + cols, rounded, mask=mask)
+        if dx_sums_ptr is not None:
+            dx_sums += rounded.to(tl.float32)
     # A row of partial sums a program, added up in a fixed order by a second kernel: no atomics.
     partial = tl.cast(pid, tl.int64) * N
     tl.store(dw_ptr + partial + cols, dw, mask=mask)
     if db_ptr is not None:
         tl.store(db_ptr + partial + cols, db, mask=mask)
+    if dx_sums_ptr is not None:
+        tl.store(dx_sums_ptr + partial + cols, dx_sums, mask=mask)
