@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks import training_report
 from benchmarks.cpu import BLOCKS
 from benchmarks.forward import forward_table
-from benchmarks.tables import embedding_table, figures, host_table, ops_table, summary, transformers_table
+from benchmarks.tables import LEFT, embedding_table, figures, host_table, ops_table, summary, transformers_table
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
@@ -70,6 +70,8 @@ torch.compile of them, Liger-Kernel.
         parts.append(f"{', '.join(f'{k} is {v}' for k, v in others.items() if k in named)}, each as torch offers it.\n")
     if any(not row.get("graph", True) for row in rows):
         parts.append("\\* waits for the GPU inside, so that it cannot be in a graph; called from the host.\n")
+    if any(row.get("left_to_torch") for row in rows):
+        parts.append(LEFT + "\n")
     if any("extra_bytes" in row for row in rows):
         parts.append('"extra memory" is the most that a forward and a backward pass allocate, gradients included.\n')
     parts.append(ops_table(rows) + "\n")

@@ -80,6 +80,14 @@ def microseconds(seconds: float) -> str:
     return f"{seconds * 1e6:.1f}" if seconds < 1e-3 else f"{seconds * 1e6:,.0f}"
 
 
+def our_time(row: Row) -> str:
+    """In microseconds, and a mark where that is not what the op takes by itself."""
+    return microseconds(row["seconds"]) + "†" * row.get("left_to_torch", False)
+
+
+LEFT = "† Ours, asked for by name: by itself the op leaves this to torch's own."
+
+
 def _bytes(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
@@ -96,7 +104,7 @@ def ops_table(rows: Iterable[Row]) -> str:
             for name, r in peers.items()
         )
         part, limit = share(ours)
-        cells = [ours["op"], shape_text(ours["shape"]), ours["direction"], microseconds(ours["seconds"])]
+        cells = [ours["op"], shape_text(ours["shape"]), ours["direction"], our_time(ours)]
         cells += [f"{part:.0%}" + (" of matmul" if limit == "matmul" else ""), against]
         if memory:
             used = {"": ours, **peers} if "extra_bytes" in ours else {}
@@ -164,7 +172,7 @@ def figures(rows: Iterable[Row], ops: Sequence[str], machine: str) -> str:
     lines = ["| " + " | ".join(heads + numbers) + " |", "|" + "---|" * len(heads) + "---:|" * len(numbers)]
     for ours, found in groups:
         cells = [ours["op"]] * (len(ops) > 1) + [shape_text(ours["shape"])] + [PASSES[ours["direction"]]] * passes
-        cells += [microseconds(ours["seconds"]), _part(ours)]
+        cells += [our_time(ours), _part(ours)]
         if memory:
             cells.append(_bytes(ours["extra_bytes"]))
         for name in peers:
@@ -184,6 +192,8 @@ def figures(rows: Iterable[Row], ops: Sequence[str], machine: str) -> str:
     notes = [f"{machine}; {dtypes}; peers' times over ours."]
     if memory:
         notes.append("Memory is the most that both passes allocate, gradients included.")
+    if any(ours.get("left_to_torch") for ours, _ in groups):
+        notes.append(LEFT)
     if starred:
         notes.append("\\* waits for the GPU inside, so it is timed from the host.")
     lines.append(" ".join(notes))
@@ -193,9 +203,10 @@ def figures(rows: Iterable[Row], ops: Sequence[str], machine: str) -> str:
 def summary(rows: Iterable[Row], machine: str) -> str:
     """One sentence on all ops: forward passes' share of the copy, and how ours compare with the fastest peer.
 
+    What an op by itself leaves to torch's own is not counted.
     Raises ValueError where there is no forward pass (of an op that has a backward pass too) or no peer.
     """
-    groups = grouped(rows)
+    groups = [group for group in grouped(rows) if not group[0].get("left_to_torch")]
     alone = ops_without_backward(groups)
     shares = [
         row["share_of_copy"]

@@ -133,6 +133,19 @@ def test_the_summary_tells_the_worst_too() -> None:
     )
 
 
+def test_what_is_left_to_torch_is_marked_and_not_counted() -> None:
+    rows = [
+        measured(v, t, op="op", direction=d, **({"left_to_torch": True} if d == "backward" and v == "fusedlm" else {}))
+        for d in ("forward", "backward")
+        for v, t in (("fusedlm", 1e-5), ("torch", 1e-5 if d == "forward" else 5e-6))
+    ]
+    assert "from 1.00x (op) to 1.00x (op)" in summary(rows, "a GPU")
+    for table in (ops_table(rows), figures(rows, ["op"], "a GPU")):
+        assert table.count("10.0† |") == 1
+    assert "† Ours, asked for by name" in figures(rows, ["op"], "a GPU")
+    assert "†" not in figures(rows[:2], ["op"], "a GPU")
+
+
 @pytest.fixture
 def pages(tmp_path: Path) -> Path:
     """A folder of docs with two pages, a README beside it, and the results they are filled from."""

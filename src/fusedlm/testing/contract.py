@@ -40,7 +40,8 @@ class OpCase:
     flops: floating-point operations of (forward, backward), where products and not memory set the limit.
     bench: shapes to time, in bench_dtype. checked: the shape to check in place of one to time, where the reference in
     float64 would need too much memory. timed: what is timed where it is not op itself (op copies what timed writes
-    into). together: forward and backward are timed as one, because one does the other's work.
+    into). left: whether op by itself leaves inputs, with gradients or without, to torch's own implementation, which was
+    measured faster; timed does not. together: forward and backward are timed as one, because one does the other's work.
     max_ratio, rms_ratio, wide_rms_ratio: where an op's rounding differs from the reference's, with why; the last one in
     fp32.
     """
@@ -58,6 +59,7 @@ class OpCase:
     bench_dtype: torch.dtype = torch.bfloat16
     checked: Callable[[Shape], Shape] = lambda shape: shape
     timed: Callable[..., Any] | None = None
+    left: Callable[[Inputs, bool], bool] | None = None
     together: bool = False
     max_ratio: float = 2.0
     rms_ratio: float = 1.1

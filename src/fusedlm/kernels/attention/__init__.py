@@ -25,7 +25,7 @@ from fusedlm.kernels._philox import drop_threshold, dropout_seed, keep_tile_ref
 from fusedlm.kernels.attention.heads import heads_side_by_side, split_heads
 from fusedlm.kernels.attention.launches import Setting, backward, forward, tokens_outside
 
-__all__ = ["attention", "attention_ref", "split_heads", "torch_attention"]
+__all__ = ["attention", "attention_ref", "left_to_torch", "split_heads", "torch_attention"]
 
 MAX_D = 256
 
@@ -232,7 +232,7 @@ def attention(
     if scale <= 0:  # in the kernels the largest score is the scale times the largest product
         q, scale = q * scale, 1.0
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if not use_triton(q) or _torchs_is_faster(q, k, seed, cu_seqlens, trains):
+    if not use_triton(q) or left_to_torch(q, k, seed, cu_seqlens, trains):
         theirs = torch_attention if q.is_cuda else attention_ref
         return theirs(
             q, k, v, causal=causal, offset=offset, scale=scale, cu_seqlens=cu_seqlens, dropout_p=dropout_p, seed=seed,
@@ -246,11 +246,11 @@ def attention(
     return _attention(*arguments)[0]
 
 
-def _torchs_is_faster(q: Tensor, k: Tensor, seed: Tensor | None, cu_seqlens: Tensor | None, trains: bool) -> bool:
+def left_to_torch(q: Tensor, k: Tensor, seed: Tensor | None, cu_seqlens: Tensor | None, trains: bool) -> bool:
     """Whether torch's own attention serves: where it can at all and was measured faster, or nothing was measured.
 
-    On Hopper ours is ahead forward and backward up to a D of 64, and from 8,192 keys on up to one of 128; see
-    docs/kernels/attention.md.
+    On Hopper ours is ahead forward and backward up to a D of 64, and up to one of 128 around 4,096 keys, forward alone
+    also behind; see docs/kernels/attention.md.
     """
     if forced() != "auto" or seed is not None or cu_seqlens is not None:
         return False
@@ -258,7 +258,9 @@ def _torchs_is_faster(q: Tensor, k: Tensor, seed: Tensor | None, cu_seqlens: Ten
         return True
     if capability(q.device) != 90 or q.itemsize != 2 or not 32 < q.shape[3] <= 128 or q.shape[2] < 512:
         return True
-    return k.shape[2] < 8192 if q.shape[3] > 64 else not trains
+    if q.shape[3] <= 64:
+        return not trains
+    return k.shape[2] < 4096 or (trains and k.shape[2] >= 8192)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from fusedlm.kernels import backend
-from fusedlm.kernels.attention import attention, torch_attention
+from fusedlm.kernels.attention import attention, left_to_torch, torch_attention
 from fusedlm.testing.cases.dropout import seed_input
 from fusedlm.testing.contract import Inputs, OpCase, Shape, randn
 
@@ -66,6 +66,9 @@ CASES = (
         traffic=lambda s: (4 * s["B"] * s["H"] * s["T"] * s["D"], 8 * s["B"] * s["H"] * s["T"] * s["D"]),
         flops=_flops,
         timed=_ours,
+        left=lambda inputs, trains: left_to_torch(
+            inputs["q"], inputs["k"], inputs["seed"], inputs["cu_seqlens"], trains
+        ),
         # The backward pass makes weights anew from a row's score and log-sum, fp32 numbers of several times their size.
         wide_rms_ratio=2.5,
         checked=lambda s: {**s, "B": 1, "H": 2 * s["H"] // s.get("G", s["H"]), "G": 2},
