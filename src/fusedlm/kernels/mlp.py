@@ -1,6 +1,6 @@
 """The two products of a transformer's MLP and the activation between them.
 
-    h = x @ up^T + up_bias,  y = act(h) @ down^T + down_bias;   act: GELU, or SwiGLU of h's two halves; y += residual
+    h = x @ up^T + up_bias,  y = act(h) @ down^T + down_bias;   act: GELU, or SwiGLU of h's two halves
     dact = dy @ down,  dh = dact * act'(h),  ddown = dy^T @ act(h),  dup = dh^T @ x,  dx = dh @ up
 Only h is kept: act(h) is written again by the product that makes dh, which has h at hand. Numerics: h, act(h) and dact
 are summed in fp32 and rounded, as the unfused ops do.
@@ -38,10 +38,8 @@ def mlp_ref(
     down: Tensor,
     down_bias: Tensor | None,
     activation: MLPActivation,
-    residual: Tensor | None = None,
 ) -> Tensor:
-    y = F.linear(_activation_ref(F.linear(x, up, up_bias), activation), down, down_bias)
-    return y if residual is None else y + residual
+    return F.linear(_activation_ref(F.linear(x, up, up_bias), activation), down, down_bias)
 
 
 def _fake_up(x: Tensor, up: Tensor, up_bias: Tensor | None, activation: str, keep: bool) -> tuple[Tensor, Tensor]:
@@ -54,7 +52,7 @@ def _mlp_up(x: Tensor, up: Tensor, up_bias: Tensor | None, activation: str, keep
     """(act(h), h); h is empty unless it is to be kept. x: (M, K)."""
     H, K = up.shape
     gated, tanh = activation == "swiglu", activation == "gelu_tanh"
-    if kernel_for(x, x.shape[0], H, K) is not None:
+    if kernel_for(x, H, K) is not None:
         act, h, _ = product(x, up, up_bias, None, Product("swiglu" if gated else "gelu", tanh, keep))
     else:
         h = F.linear(x, up, up_bias)
@@ -73,7 +71,7 @@ def _mlp_down_backward(
     """(dh, act(h), the sums of dh over rows, empty unless asked for). dy: (M, C), down: (C, F)."""
     N, K = down.shape[1], down.shape[0]
     gated, tanh = activation == "swiglu", activation == "gelu_tanh"
-    if kernel_for(dy, dy.shape[0], N, K) is not None:
+    if kernel_for(dy, N, K) is not None:
         what = Product("dswiglu" if gated else "dgelu", tanh, keep=True, totals=sums)
         dh, act, total = product(dy, down.T, None, h, what)
         assert act is not None
@@ -105,12 +103,11 @@ class _MLP(torch.autograd.Function):
         down: Tensor,
         down_bias: Tensor | None,
         activation: str,
-        residual: Tensor | None,
     ) -> Tensor:
         act, h = _mlp_up(x.reshape(-1, x.shape[-1]), up, up_bias, activation, True)
         ctx.save_for_backward(x, up, down, h)
         ctx.activation = activation
-        return linear(act.view(*x.shape[:-1], -1), down, down_bias, residual=residual)
+        return F.linear(act, down, down_bias).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
@@ -122,7 +119,7 @@ class _MLP(torch.autograd.Function):
         del act
         ddown_bias = (column_sums(dy) if use_triton(dy) else dy2.sum(0)) if needs[4] else None
         dx, dup = products_backward(dh, x, up, needs[:2])
-        return dx, dup, dup_bias if needs[2] else None, ddown, ddown_bias, None, dy if needs[6] else None
+        return dx, dup, dup_bias if needs[2] else None, ddown, ddown_bias, None
 
 
 def mlp(
@@ -133,10 +130,9 @@ def mlp(
     down_bias: Tensor | None = None,
     activation: MLPActivation = "gelu_tanh",
     *,
-    residual: Tensor | None = None,
     recompute: bool | None = None,
 ) -> Tensor:
-    """act(x @ up^T + up_bias) @ down^T + down_bias, and a residual, (..., N), added to it.
+    """act(x @ up^T + up_bias) @ down^T + down_bias.
 
     x: (..., K), up: (F, K), down: (N, F). activation: "gelu", exact, "gelu_tanh", or "swiglu", whose up is (2F, K),
     gate and then up, without a bias (Shazeer 2020). One dtype; weights may lie in memory transposed. Returns (..., N).
@@ -144,30 +140,24 @@ def mlp(
     a product does so in passing.
     Raises ValueError for shapes that do not fit, another activation, or a bias with "swiglu".
     """
-    _check(x, up, up_bias, down, down_bias, residual, activation)
+    _check(x, up, up_bias, down, down_bias, activation)
     if recompute is None:
         recompute = use_triton(x)
     tensors = (x, up, up_bias, down, down_bias)
     if not x.numel():
-        return mlp_ref(*tensors, activation, residual)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, residual)):
+        return mlp_ref(*tensors, activation)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         if recompute:
-            return _MLP.apply(*tensors, activation, residual)
+            return _MLP.apply(*tensors, activation)
         h = linear(x, up, up_bias)
         act = swiglu(h) if activation == "swiglu" else gelu(h, "tanh" if activation == "gelu_tanh" else "none")
-        return linear(act, down, down_bias, residual=residual)
+        return linear(act, down, down_bias)
     act = _mlp_up(x.reshape(-1, x.shape[-1]), up, up_bias, activation, False)[0]
-    return linear(act.view(*x.shape[:-1], -1), down, down_bias, residual=residual)
+    return F.linear(act, down, down_bias).view(*x.shape[:-1], -1)
 
 
 def _check(
-    x: Tensor,
-    up: Tensor,
-    up_bias: Tensor | None,
-    down: Tensor,
-    down_bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
+    x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, activation: str
 ) -> None:
     if activation not in ("gelu", "gelu_tanh", "swiglu"):
         raise ValueError(f"activation is {activation!r}; expected 'gelu', 'gelu_tanh' or 'swiglu'")
@@ -183,5 +173,3 @@ def _check(
     for name, bias, weight in (("up_bias", up_bias, up), ("down_bias", down_bias, down)):
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(f"{name} has shape {tuple(bias.shape)}; expected {tuple(weight.shape[:1])}")
-    if residual is not None and residual.shape != (*x.shape[:-1], down.shape[0]):
-        raise ValueError(f"residual has shape {tuple(residual.shape)}; expected {(*x.shape[:-1], down.shape[0])}")

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from fusedlm.kernels import GELU, Embedding, LayerNorm, mlp
 from fusedlm.models.config import GPT2Config
 from fusedlm.models.decoder import DecoderModel, check_length
-from fusedlm.models.layers import Attention, Block, Cache, DropoutState, Linear, add_norm, in_product
+from fusedlm.models.layers import Attention, Block, Cache, Linear, add_norm
 
 
 class MLP(nn.Module):
@@ -16,14 +16,10 @@ class MLP(nn.Module):
         self.activation = GELU(approximate="tanh")
         self.down: nn.Module = Linear(config.mlp_width, config.width, bias=True)
 
-    def forward(self, x: Tensor, residual: Tensor, dropout: DropoutState) -> tuple[Tensor, Tensor | None]:
-        """x, residual: (B, T, C). Returns what `Block` does."""
-        if not (isinstance(self.up, Linear) and isinstance(self.down, Linear)):
-            return self.down(self.activation(self.up.without_bias(x), self.up.bias)), residual  # type: ignore[operator]
-        added = in_product(x, self.down, residual, dropout)
-        weights = (self.up.weight, self.up.bias, self.down.weight, self.down.bias)
-        y = mlp(x, *weights, residual=residual if added else None, recompute=self.recompute)
-        return y, None if added else residual
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.up, Linear) and isinstance(self.down, Linear):
+            return mlp(x, self.up.weight, self.up.bias, self.down.weight, self.down.bias, recompute=self.recompute)
+        return self.down(self.activation(self.up.without_bias(x), self.up.bias))  # type: ignore[operator]
 
 
 def block(config: GPT2Config, layer: int) -> Block:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from fusedlm.kernels import LayerNorm, RMSNorm, attention, linear, rope, split_heads
-from fusedlm.kernels.linear import fuses_epilogue
 from fusedlm.models.config import ModelConfig
 
 
@@ -31,9 +30,8 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(N, K))
         self.bias = nn.Parameter(torch.empty(N)) if bias else None
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x: (..., K). Returns (..., N), with a residual of that shape added to it."""
-        return linear(x, self.weight, self.bias, residual=residual)
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
     def without_bias(self, x: Tensor) -> Tensor:
         """For an activation that adds it."""
@@ -51,15 +49,10 @@ class DropoutState:
 def add_norm(
     norm: LayerNorm | RMSNorm, x: Tensor, residual: Tensor | None, dropout: DropoutState, stream: int
 ) -> tuple[Tensor, Tensor]:
-    """(norm(s), s), s = dropout(x) + residual, in one pass; s = x where there is no residual. All are (B, T, C)."""
+    """(norm(s), s), s = dropout(x) + residual, in one pass; s = x where there is no residual yet. All are (B, T, C)."""
     if residual is None:
         return norm(x, give_sum=True)
     return norm(x, residual, dropout.p, seed=dropout.seed, stream=stream)
-
-
-def in_product(x: Tensor, linear: nn.Module, residual: Tensor, dropout: DropoutState) -> bool:
-    """Whether linear(x), (B, T, C), is to be added to the residual stream as it is computed, and not by `add_norm`."""
-    return isinstance(linear, Linear) and not dropout.p and fuses_epilogue(x, linear.weight)
 
 
 class Attention(nn.Module):
@@ -74,25 +67,17 @@ class Attention(nn.Module):
         self.out = Linear(config.n_heads * config.head_dim, config.width, bias=bias)
 
     def forward(
-        self,
-        x: Tensor,
-        residual: Tensor,
-        rotary: tuple[Tensor, Tensor] | None,
-        cache: Cache | None,
-        dropout: DropoutState,
-    ) -> tuple[Tensor, Tensor | None]:
-        """x, residual: (B, T, C). dropout: of the attention weights, without a cache. Returns what `Block` does."""
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: Cache | None, dropout_p: float = 0.0
+    ) -> Tensor:
+        """x: (B, T, C). dropout_p: of the attention weights, without a cache. Returns (B, T, C)."""
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, sum(self.heads), self.head_dim).transpose(1, 2)  # (B, H+2G, T, D)
         if rotary is not None:
             qkv = rope(qkv, *rotary, heads=self.heads[0] + self.heads[1])
         q, k, v = split_heads(qkv, self.heads)
         # (B, H, T, D)
-        y = attention(q, k, v, dropout_p=dropout.p) if cache is None else cache.attend(self.layer, q, k, v)
-        y = y.transpose(1, 2).reshape(B, T, -1)
-        if in_product(y, self.out, residual, dropout):
-            return self.out(y, residual), None
-        return self.out(y), residual
+        y = attention(q, k, v, dropout_p=dropout_p) if cache is None else cache.attend(self.layer, q, k, v)
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 
 class Block(nn.Module):
@@ -114,14 +99,10 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor] | None,
         cache: Cache | None,
         dropout: DropoutState,
-    ) -> tuple[Tensor, Tensor | None]:
-        """x: (B, T, C), what is to be added to the residual stream, or the stream itself where residual is None.
-
-        Returns the same pair for the next block. So the sum happens in the pass of the norm behind it, or in the
-        product before it.
-        """
+    ) -> tuple[Tensor, Tensor]:
+        """What the block before it gave and the residual stream before that; so the sum and the norm are one pass."""
         layer = self.attention.layer
         x, residual = add_norm(self.norm1, x, residual, dropout, 2 * layer)
-        x, residual = self.attention(x, residual, rotary, cache, dropout)
+        x = self.attention(x, rotary, cache, dropout.p)
         x, residual = add_norm(self.norm2, x, residual, dropout, 2 * layer + 1)
-        return self.mlp(x, residual, dropout)
+        return self.mlp(x), residual

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from fusedlm.kernels import RMSNorm, RotaryEmbedding, SwiGLU, mlp
 from fusedlm.models.config import LlamaConfig
 from fusedlm.models.decoder import DecoderModel, check_length
-from fusedlm.models.layers import Attention, Block, Cache, DropoutState, Linear, add_norm, in_product
+from fusedlm.models.layers import Attention, Block, Cache, Linear, add_norm
 
 
 class GatedMLP(nn.Module):
@@ -17,15 +17,10 @@ class GatedMLP(nn.Module):
         self.activation = SwiGLU()
         self.down: nn.Module = Linear(config.mlp_width, config.width, bias=False)
 
-    def forward(self, x: Tensor, residual: Tensor, dropout: DropoutState) -> tuple[Tensor, Tensor | None]:
-        """x, residual: (B, T, C). Returns what `Block` does."""
-        if not (isinstance(self.gate_up, Linear) and isinstance(self.down, Linear)):
-            return self.down(self.activation(self.gate_up(x))), residual  # (B, T, 2F) to (B, T, F)
-        added = in_product(x, self.down, residual, dropout)
-        weights = (self.gate_up.weight, None, self.down.weight)
-        given = residual if added else None
-        y = mlp(x, *weights, activation="swiglu", residual=given, recompute=self.recompute)
-        return y, None if added else residual
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.gate_up, Linear) and isinstance(self.down, Linear):
+            return mlp(x, self.gate_up.weight, None, self.down.weight, activation="swiglu", recompute=self.recompute)
+        return self.down(self.activation(self.gate_up(x)))  # (B, T, 2F) to (B, T, F)
 
 
 def block(config: LlamaConfig, layer: int) -> Block:

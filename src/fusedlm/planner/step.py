@@ -62,8 +62,6 @@ class _Step:
         self.M, self.e, self.g = training.tokens, training.width, training.gradient_width
         self.fp8 = training.dtype == "fp8"
         self.sharded = training.gpus > 1
-        # Whether products add to the residual stream themselves: see `in_product` of models/layers.py.
-        self.added = not training.dropout and not self.fp8 and self.e == 2 and gpu.capability == (9, 0)
         self.whole: list[Held] = []  # gradients that are not divided yet
 
         element = self.M * self.e
@@ -95,10 +93,9 @@ class _Step:
     def block_forward(self, x: Held, first: bool) -> tuple[dict[str, Held], Held]:
         """x: what the block before gave; the embedding, of the first one. Returns what ops keep, and the output."""
         kept = {"y1": self.input("residual", self.x)}
-        is_sum = first or self.added
-        kept["s1"] = x if is_sum else self.residual(self.x)  # the residual stream is what the norm keeps
+        kept["s1"] = x if first else self.residual(self.x)  # the residual stream is what the norm keeps
         kept["stats1"] = self.residual(self.stats)
-        if not is_sum and self.training.recompute != "blocks":
+        if not first and self.training.recompute != "blocks":
             self.ledger.give(x)
         kept["qkv"] = self.attention(self.qkv)
         if not self.gpt2:  # rotated, beside a copy of v
@@ -110,9 +107,9 @@ class _Step:
             kept["o8"] = self.input("attention", self.q)
         a = self.residual(self.x)
         self.drop(kept, "y1")
-        kept["y2"], kept["s2"] = self.input("residual", self.x), a if self.added else self.residual(self.x)
+        kept["y2"], kept["s2"] = self.input("residual", self.x), self.residual(self.x)
         kept["stats2"] = self.residual(self.stats)
-        self.ledger.give(None if self.added else a)
+        self.ledger.give(a)
         kept["up"] = self.mlp(self.up)
         act = self.input("mlp", self.act)
         y = self.residual(self.x)
@@ -266,14 +263,12 @@ class _Step:
             kept, y = self.block_forward(x, first=i == 0)
             if again:
                 inputs.append([x] if residual is None else [x, residual])
-                residual = None if self.added else kept["s2"]
+                residual = kept["s2"]
                 self.ledger.give(*(held for held in kept.values() if held is not x and held is not residual))
             blocks.append(kept)
             x = y
-        last = {"y": self.residual(self.x), "s": x if self.added else self.residual(self.x)}
-        last["stats"] = self.residual(self.stats)
-        if not self.added:
-            self.ledger.give(x, residual)
+        last = {"y": self.residual(self.x), "s": self.residual(self.x), "stats": self.residual(self.stats)}
+        self.ledger.give(x, residual)
         return last, blocks, inputs
 
     def backward(
@@ -298,7 +293,7 @@ class _Step:
                 ledger.give(y)
             dr, dx = self.block_backward(kept, dr, dx, first=i == 0)
             self.divide()
-            if training.recompute == "blocks" and i > 0 and not self.added:
+            if training.recompute == "blocks" and i > 0:
                 ledger.give(*inputs[i])
         ledger.moment = "backward of the embedding"
         positions = ledger.take("workspace", self.parameters.positions * self.e)  # of the same op as the table's

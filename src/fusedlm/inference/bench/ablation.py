@@ -20,7 +20,6 @@ from fusedlm.inference.decoder import EagerDecoder, make_decoder
 from fusedlm.kernels import gelu
 from fusedlm.models import DecoderModel
 from fusedlm.models.gpt2 import MLP
-from fusedlm.models.layers import DropoutState
 
 
 class NoCache:
@@ -96,9 +95,9 @@ class _TableMLP(MLP):
 
     table: Tensor
 
-    def forward(self, x: Tensor, residual: Tensor, dropout: DropoutState) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor) -> Tensor:
         bits = self.up(x).half().view(torch.int16).int() & 0xFFFF
-        return self.down(self.table[bits].to(x.dtype)), residual
+        return self.down(self.table[bits].to(x.dtype))
 
 
 def _with_table(model: DecoderModel) -> DecoderModel:

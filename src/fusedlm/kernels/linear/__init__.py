@@ -163,18 +163,14 @@ def linear(
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     epilogue = activation is not None or residual is not None or seed is not None
     x2 = x.reshape(-1, K)
-    fused = epilogue and fuses_epilogue(x, weight) and (seed is None or N % 8 == 0)
+    fused = epilogue and x2.numel() > 0 and N > 0 and kernel_for(x2, N, K) is not None and (seed is None or N % 8 == 0)
     if fused and activation is not None:
         tanh = activation == "gelu_tanh"
         if trains:
             return _LinearGELU.apply(x, weight, bias, tanh)
         return _linear_gelu(x2, weight, bias, tanh, False)[0].view(*x.shape[:-1], N)
     if fused:
-        options = (seed, dropout_p if seed is not None else 0.0, stream)
-        if trains:
-            return _LinearAdd.apply(x, weight, bias, residual, *options)
-        residual2 = None if residual is None else residual.reshape(-1, N).contiguous()
-        return _linear_add(x2, weight, bias, residual2, *options).view(*x.shape[:-1], N)
+        return _LinearAdd.apply(x, weight, bias, residual, seed, dropout_p if seed is not None else 0.0, stream)
     own = trains and bias is not None and bias.requires_grad  # the sums of its gradient are a kernel of ours
     y = _Linear.apply(x, weight, bias) if own else linear_ref(x, weight, bias)
     if activation is not None:
@@ -182,15 +178,6 @@ def linear(
     if seed is not None:
         y = dropout(y, dropout_p, seed=seed, stream=stream)
     return y if residual is None else y + residual
-
-
-def fuses_epilogue(x: Tensor, weight: Tensor) -> bool:
-    """Whether what follows a product with weight, (N, K), in `linear` happens in the product, with no pass behind it.
-
-    x: a tensor of as many rows as the product's input, of its dtype and on its device.
-    """
-    rows = x[..., 0].numel() if x.numel() else 0
-    return use_triton(x) and rows > 0 and weight.numel() > 0 and kernel_for(x, rows, *weight.shape) is not None
 
 
 def _check(

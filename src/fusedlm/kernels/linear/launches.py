@@ -36,13 +36,13 @@ class Product:
     stream: int = 0
 
 
-def kernel_for(like: Tensor, M: int, N: int, K: int) -> Literal["hopper", "plain"] | None:
-    """Which kernel computes (M, K) @ (K, N), as `like` in dtype and device; None: the vendor's and a pass behind it.
+def kernel_for(a: Tensor, N: int, K: int) -> Literal["hopper", "plain"] | None:
+    """Which kernel computes a product of a, (M, K), with N columns; None where the vendor's and a pass behind it do.
 
     By itself only what was measured faster: Hopper's, in 16 bits. With `backend("triton")` there is always one.
     """
     wanted = forced() == "triton"
-    if like.itemsize == 2 and capability(like.device) == 90 and not (N % 8 or K % 8) and (wanted or M >= MIN_ROWS):
+    if a.itemsize == 2 and capability(a.device) == 90 and not (N % 8 or K % 8) and (wanted or a.shape[0] >= MIN_ROWS):
         return "hopper"
     return "plain" if wanted else None
 
@@ -81,7 +81,7 @@ def product(
     y = new((M, {"swiglu": N // 2, "dswiglu": 2 * N}.get(name, N)))
     kept = new((M, N)) if what.keep else None
     numbers = (M, N, K, what.stream, *drop_threshold(what.p))
-    if kernel_for(a, M, N, K) == "hopper":
+    if kernel_for(a, N, K) == "hopper":
         totals = new((8 * triton.cdiv(M, 256), N), dtype=torch.float32) if what.totals else None
         rows = b.stride(1) == 1 or b.stride(0) != 1 or name == "swiglu"  # else it lies as (K, N) in memory
         described = (

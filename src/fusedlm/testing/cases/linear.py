@@ -24,8 +24,7 @@ def _mlp_inputs(shape: Shape, g: torch.Generator | None) -> Inputs:
     H = 2 * F if gated else F
     inputs: Inputs = {"x": randn(g, M, K), "up": randn(g, H, K) / K**0.5, "up_bias": None if gated else randn(g, F)}
     inputs |= {"down": randn(g, N, F) / F**0.5, "down_bias": None if gated else randn(g, N)}
-    inputs |= {"activation": shape["activation"]}
-    return inputs | {"residual": randn(g, M, N)} if shape.get("residual") else inputs
+    return inputs | {"activation": shape["activation"]}
 
 
 def _flops(s: Shape) -> tuple[int, int]:
@@ -65,17 +64,14 @@ def _case(name: str, gradients: tuple[str, ...], shapes: tuple[Shape, ...], benc
     )
 
 
-def _mlp_case(
-    name: str, activations: tuple[str, ...], bench: tuple[Shape, ...] = (), *, residual: bool = False
-) -> OpCase:
+def _mlp_case(name: str, activations: tuple[str, ...], bench: Shape) -> OpCase:
     """bench: without the activation, which is the first."""
-    more: Shape = {"residual": True} if residual else {}
     sizes: tuple[Shape, ...] = (
         {"M": 37, "K": 24, "F": 40, "N": 24},
         {"M": 21, "K": 13, "F": 29, "N": 17},
         {"M": 70, "K": 40, "F": 72, "N": 128},
     )
-    shapes = tuple({**s, "activation": activations[i % len(activations)], **more} for i, s in enumerate(sizes))
+    shapes = tuple({**s, "activation": activations[i % len(activations)]} for i, s in enumerate(sizes))
     biases = () if activations[0] == "swiglu" else ("up_bias", "down_bias")
     return OpCase(
         name=name,
@@ -83,12 +79,12 @@ def _mlp_case(
         reference=mlp_ref,
         inputs=_mlp_inputs,
         shapes=shapes,
-        gradients=("x", "up", "down", *biases, *(["residual"] if residual else [])),
+        gradients=("x", "up", "down", *biases),
         traffic=lambda s: (2 * s["M"] * (s["K"] + s["N"] + s["F"]), 4 * s["M"] * (s["K"] + s["N"] + s["F"])),
         flops=_mlp_flops,
         checked=_fewer_rows,
         rms_ratio=_RMS,
-        bench=tuple({**s, "activation": activations[0], **more} for s in bench),
+        bench=({**bench, "activation": activations[0]},),
         empty={**shapes[0], "M": 0},
     )
 
@@ -115,8 +111,6 @@ CASES = (
         ),
         tuple({"M": 32768, "K": k, "N": n, "residual": True} for k, n in ((768, 768), (3072, 768))),
     ),
-    _mlp_case("mlp", ("gelu_tanh", "gelu"), ({"M": 32768, "K": 768, "F": 3072, "N": 768},)),
-    _mlp_case("mlp_swiglu", ("swiglu",), ({"M": 16384, "K": 2048, "F": 8192, "N": 2048},)),
-    _mlp_case("mlp_add", ("gelu_tanh", "gelu"), residual=True),
-    _mlp_case("mlp_swiglu_add", ("swiglu",), residual=True),
+    _mlp_case("mlp", ("gelu_tanh", "gelu"), {"M": 32768, "K": 768, "F": 3072, "N": 768}),
+    _mlp_case("mlp_swiglu", ("swiglu",), {"M": 16384, "K": 2048, "F": 8192, "N": 2048}),
 )
