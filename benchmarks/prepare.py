@@ -53,11 +53,14 @@ def run_job(job: Job, device: str = "cuda") -> float:
     else:
         assert job.kind == "compile", job.kind
         made = make_inputs(case, case.bench[job.shape], 0, where)
-        ours = Peer(case.timed or case.op)
-        for peer in (ours, *peers_of(case, case.bench[job.shape]).values()):
+        peers = {"fusedlm": Peer(case.timed or case.op), **peers_of(case, case.bench[job.shape])}
+        for name, peer in peers.items():
             for direction, work in works(case, peer.function, [own_copy(made)]).items():
                 if peer.does(direction):
+                    begin = time.perf_counter()
                     work(0)
+                    if time.perf_counter() - begin > LONG:
+                        print(f"{job.op}, shape {job.shape}: {name}, {direction} {time.perf_counter() - begin:.0f} s")
     if where.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # for the other processes

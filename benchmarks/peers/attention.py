@@ -22,13 +22,16 @@ def _sdpa(implementation: SDPBackend) -> Callable[..., Tensor]:
 
 
 _masks: dict[tuple[int, int], Any] = {}
+_compiled_flex: Any = torch.compile(flex_attention, dynamic=False)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, **_: Any) -> Tensor:
+    """The mask is made outside of what is compiled, which would take minutes for it at 16,384 tokens."""
     size = (q.shape[2], k.shape[2])
     if causal and size not in _masks:
         _masks[size] = create_block_mask(lambda b, h, i, j: i >= j, None, None, *size, device=q.device)
-    return flex_attention(q, k, v, block_mask=_masks[size] if causal else None, enable_gqa=q.shape[1] != k.shape[1])
+    mask = _masks[size] if causal else None
+    return _compiled_flex(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def _square(shape: Shape) -> bool:
@@ -37,6 +40,4 @@ def _square(shape: Shape) -> bool:
 
 FLASH = Peer(_sdpa(SDPBackend.FLASH_ATTENTION), takes=_square)
 CUDNN = Peer(_sdpa(SDPBackend.CUDNN_ATTENTION), takes=lambda shape: _square(shape) and shape["D"] <= 128)
-FLEX = Peer(
-    torch.compile(_flex, dynamic=False), source=_flex, takes=lambda shape: _square(shape) and not shape.get("p")
-)
+FLEX = Peer(_flex, takes=lambda shape: _square(shape) and not shape.get("p"))

@@ -256,10 +256,10 @@ def left_to_torch(q: Tensor, k: Tensor, seed: Tensor | None, cu_seqlens: Tensor 
         return False
     if torch.compiler.is_compiling():  # a graph is for all lengths, and torch knows its own attention
         return True
-    if capability(q.device) != 90 or q.itemsize != 2 or not 32 < q.shape[3] <= 128 or q.shape[2] < 512:
+    if capability(q.device) != 90 or q.itemsize != 2 or not 32 < q.shape[3] <= 128 or q.shape[2] < 256:
         return True
     if q.shape[3] <= 64:
-        return not trains
+        return not trains if q.shape[2] >= 512 else trains
     return k.shape[2] < 4096 or (trains and k.shape[2] >= 8192)
 
 
