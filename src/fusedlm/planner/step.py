@@ -72,7 +72,8 @@ class _Step:
         self.qkv = element * config.qkv_width
         self.up = element * self.layer.up[0]  # (M, F), or (M, 2F) where it holds gate and up
         self.act = element * config.mlp_width  # (M, F)
-        self.lse = self.M * 4 * config.n_heads
+        self.delta = self.M * 4 * config.n_heads
+        self.lse = self.delta * (2 if self.e > 2 else 1)
         self.stats = self.M * 4 * (2 if self.gpt2 else 1)  # rstd, and a mean
 
     def residual(self, size: float) -> Held:
@@ -221,7 +222,7 @@ class _Step:
         if not self.by_norms:
             self.bias_sums(layer.out[0])
         give(dx, kept.get("o8"))
-        delta = self.attention(self.lse)
+        delta = self.attention(self.delta)
         dqkv = self.attention(self.qkv)  # side by side
         give(delta, do, *(kept.get(name) for name in ("qkv", "o", "lse")))
         if not self.gpt2:  # rotated back

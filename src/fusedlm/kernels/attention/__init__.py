@@ -23,7 +23,7 @@ from fusedlm.kernels._launch import capability
 from fusedlm.kernels._operator import operator
 from fusedlm.kernels._philox import drop_threshold, dropout_seed, keep_tile_ref
 from fusedlm.kernels.attention.heads import heads_side_by_side, split_heads
-from fusedlm.kernels.attention.launches import Setting, backward, forward, tokens_outside
+from fusedlm.kernels.attention.launches import Setting, backward, forward, new_lse, tokens_outside
 
 __all__ = ["attention", "attention_ref", "left_to_torch", "split_heads", "torch_attention"]
 
@@ -118,7 +118,7 @@ def _aligned(t: Tensor) -> Tensor:
 
 
 def _fake_attention(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return tokens_outside(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return tokens_outside(q), new_lse(q)
 
 
 @operator(fake=_fake_attention)
@@ -135,9 +135,9 @@ def _attention(
     p: float,
     stream: int,
 ) -> tuple[Tensor, Tensor]:
-    """(output, log2 of the sums of exponentials)."""
+    """(output, log2 of the sums of exponentials: see `new_lse`)."""
     if not q.numel():
-        return tokens_outside(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        return tokens_outside(q), new_lse(q)
     return forward(q, k, v, Setting(offset, cu_seqlens, seed, causal, start, scale, p, stream))
 
 

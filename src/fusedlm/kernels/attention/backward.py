@@ -11,6 +11,7 @@ from fusedlm.kernels._triton import tl, triton
 from fusedlm.kernels.attention.tiles import (
     key_blocks,
     keys_seen,
+    load_lse,
     load_rows,
     program_place,
     queries_seeing,
@@ -79,7 +80,8 @@ def dq_kernel(
     row = (b * H + h) * T + m
     q = load_rows(q_ptr + b * q_stride_b + h * q_stride_h, start, q_stride_t, T, D, BLOCK_M, BLOCK_D, True)
     do = load_rows(do_ptr + b * do_stride_b + h * do_stride_h, start, do_stride_t, T, D, BLOCK_M, BLOCK_D, True)
-    lse = tl.load(lse_ptr + row, mask=valid, other=float("inf"))  # so past the end every weight is 0
+    WIDE: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+    lse, rest = load_lse(lse_ptr, row, valid, WIDE)
     o = load_rows(o_ptr + b * o_stride_b + h * o_stride_h, start, o_stride_t, T, D, BLOCK_M, BLOCK_D, True)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(delta_ptr + row, delta, mask=valid)
@@ -98,7 +100,8 @@ def dq_kernel(
         v = load_rows(v_ptr, begin, v_stride_s, S, D, BLOCK_N, BLOCK_D, RAGGED)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        p = tl.exp2(s * scale2 - lse[:, None])
+        x = s * scale2 - lse[:, None]
+        p = tl.exp2(x - rest[:, None] if WIDE else x)
         if (begin < whole_first) | (begin >= whole_last):
             n = begin + tl.arange(0, BLOCK_N)
             p = tl.where((n[None, :] >= lo[:, None]) & (n[None, :] < hi[:, None]), p, 0.0)
@@ -173,6 +176,7 @@ def dkv_kernel(
     DROPS: tl.constexpr = seed_ptr is not None
     if DROPS:
         seed = tl.load(seed_ptr)
+    WIDE: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     scale2 = scale * 1.4426950408889634
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -187,11 +191,12 @@ def dkv_kernel(
             m = begin + tl.arange(0, BLOCK_M)
             q = load_rows(q_head, begin, q_stride_t, T, D, BLOCK_M, BLOCK_D, RAGGED)
             do = load_rows(do_head, begin, do_stride_t, T, D, BLOCK_M, BLOCK_D, RAGGED)
-            lse = tl.load(lse_ptr + base + m, mask=m < T, other=float("inf"))
+            lse, rest = load_lse(lse_ptr, base + m, m < T, WIDE)
             delta = tl.load(delta_ptr + base + m, mask=m < T, other=0.0)
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
             dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-            p = tl.exp2(s * scale2 - lse[None, :])
+            x = s * scale2 - lse[None, :]
+            p = tl.exp2(x - rest[None, :] if WIDE else x)
             if (begin < whole_first) | (begin >= whole_last):
                 p = tl.where((m[None, :] >= lo[:, None]) & (m[None, :] < hi[:, None]), p, 0.0)
             dropped = p

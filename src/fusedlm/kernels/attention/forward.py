@@ -2,7 +2,7 @@
 
 from fusedlm.kernels._philox import keep_tile, tile_key
 from fusedlm.kernels._triton import tl, triton
-from fusedlm.kernels.attention.tiles import key_blocks, keys_seen, load_rows, program_place, store_rows
+from fusedlm.kernels.attention.tiles import key_blocks, keys_seen, load_rows, program_place, store_lse, store_rows
 
 
 @triton.jit(do_not_specialize=["offset", "stream", "threshold"])
@@ -11,7 +11,7 @@ def fwd_kernel(
     k_ptr,  # (B, G, S, D)
     v_ptr,
     o_ptr,  # (B, H, T, D)
-    lse_ptr,  # (B, H, T) fp32: log2 of the sum of exp(scores)
+    lse_ptr,  # (B, H, T) fp32: log2 of the sum of exp(scores); see store_lse
     offset_ptr,  # (B,) int64
     starts_ptr,  # (T,) int32: of packed sequences, the first key that a query may see
     ends_ptr,  # and the one behind the last
@@ -81,10 +81,9 @@ def fwd_kernel(
             p = tl.where(keep_tile(drop_key, start, begin, threshold, BLOCK_M, BLOCK_N), p, 0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         top = higher
-    lse = top + tl.log2(total)
     o = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # a query that sees no key: 0
     if DROPS:
         o *= keep_scale
     store_rows(o_ptr + b * o_stride_b + h * o_stride_h, start, o_stride_t, T, o, D, BLOCK_M, BLOCK_D)
     if lse_ptr is not None:
-        tl.store(lse_ptr + (b * H + h) * T + m, lse, mask=m < T)
+        store_lse(lse_ptr, (b * H + h) * T + m, top, total, m < T, q_ptr.dtype.element_ty == tl.float32)

@@ -145,11 +145,17 @@ def _launch_on_hopper(
     launch_described(_hopper_kernel(kernel), (blocks, 1, 1), (*arguments, *scalars), constants)
 
 
+def new_lse(q: Tensor) -> Tensor:
+    """For log2 of the sums of exponentials: (B, H, T) fp32, and twice as long where q is wide, see `store_lse`."""
+    B, H, T, _ = q.shape
+    return q.new_empty((B, H, 2 * T if q.itemsize > 2 else T), dtype=torch.float32)
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, Tensor]:
-    """(output, log2 of the sums of exponentials, (B, H, T) fp32). Nothing is empty but k and v."""
+    """(output, see `new_lse`). Nothing is empty but k and v."""
     B, H, T, D = q.shape
     o = tokens_outside(q)
-    lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
+    lse = new_lse(q)
     config = _hopper_config("forward", q, k, setting)
     if config is not None:
         size = config["BLOCK_D"]
@@ -177,7 +183,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv), written to the tensors given for them, whose stride along D is 1. Nothing is empty."""
     dq, dk, dv = gradients
-    delta = torch.empty_like(lse)
+    delta = lse.new_empty(q.shape[:3])
     q, k, v, do = _tiled(q), _tiled(k), _tiled(v), _tiled(do)
     (B, H, T, D), (_, G, S, _) = q.shape, k.shape
     config = _hopper_config("dq", q, k, setting)

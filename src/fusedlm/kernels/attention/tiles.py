@@ -15,6 +15,30 @@ def program_place(rows, heads, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
 
 
 @triton.jit
+def store_lse(lse_ptr, row, top, total, mask, WIDE: tl.constexpr):
+    """log2 of a row's sum of exponentials, top + log2(total); WIDE: and beside it what rounding took from it."""
+    lse = top + tl.log2(total)
+    if WIDE:
+        tl.store(lse_ptr + 2 * row, lse, mask=mask)
+        rest = (top - lse) + tl.log2(total)
+        tl.store(lse_ptr + 2 * row + 1, tl.where(total == 0.0, 0.0, rest), mask=mask)
+    else:
+        tl.store(lse_ptr + row, lse, mask=mask)
+
+
+@triton.jit
+def load_lse(lse_ptr, row, mask, WIDE: tl.constexpr):
+    """What `store_lse` left, two numbers; so that of rows past the end every weight is 0."""
+    if WIDE:
+        lse = tl.load(lse_ptr + 2 * row, mask=mask, other=float("inf"))
+        rest = tl.load(lse_ptr + 2 * row + 1, mask=mask, other=0.0)
+    else:
+        lse = tl.load(lse_ptr + row, mask=mask, other=float("inf"))
+        rest = lse
+    return lse, rest
+
+
+@triton.jit
 def load_rows(
     ptr, start, stride, rows, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr
 ):
