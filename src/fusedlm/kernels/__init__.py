@@ -6,6 +6,7 @@ Functions have lower-case names; modules of the same ops, torch's names for modu
 from fusedlm.kernels._backend import backend
 from fusedlm.kernels._index_errors import raise_index_errors
 from fusedlm.kernels._philox import dropout_seed
+from fusedlm.kernels._tied import TiedGradient
 from fusedlm.kernels.adamw import AdamW, Workspace, adamw, global_norm
 from fusedlm.kernels.attention import attention, split_heads
 from fusedlm.kernels.cross_entropy import cross_entropy
@@ -46,6 +47,7 @@ __all__ = [
     "RotaryEmbedding",
     "Softmax",
     "SwiGLU",
+    "TiedGradient",
     "Workspace",
     "adamw",
     "add_layer_norm",

@@ -19,6 +19,7 @@ from fusedlm.kernels._index_errors import check_indices, flag_index, index_flag,
 from fusedlm.kernels._launch import launch, rows
 from fusedlm.kernels._operator import operator
 from fusedlm.kernels._philox import drop_threshold, dropout_seed, keep_mask, keep_mask_ref
+from fusedlm.kernels._tied import TiedGradient
 from fusedlm.kernels._triton import tl, triton
 
 
@@ -97,6 +98,13 @@ def _gradient_row(dy_ptr, token, dy_stride, cols, mask, seed_ptr, stream, thresh
     return dy
 
 
+@triton.jit
+def _store_row(dw_ptr, at, total, mask, ADD: tl.constexpr):
+    if ADD:
+        total += tl.load(dw_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(dw_ptr + at, total.to(dw_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["stream", "threshold"])
 def _runs_kernel(
     dy_ptr,
@@ -113,6 +121,7 @@ def _runs_kernel(
     stream,
     threshold,
     scale,
+    ADD: tl.constexpr,  # to what dw holds
     CHUNK: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -136,12 +145,14 @@ def _runs_kernel(
             whole = known & (comes == 0) & (goes == 0)
             tl.store(first_ptr + chunk * C + cols, total, mask=cols < tl.where(comes, C, 0))
             tl.store(last_ptr + chunk * C + cols, total, mask=cols < tl.where(goes, C, 0))
-            tl.store(dw_ptr + v * C + cols, total.to(dw_ptr.dtype.element_ty), mask=cols < tl.where(whole, C, 0))
+            _store_row(dw_ptr, v * C + cols, total, cols < tl.where(whole, C, 0), ADD)
             total = tl.zeros((BLOCK_C,), tl.float32)
 
 
 @triton.jit
-def _join_kernel(ids_ptr, first_ptr, last_ptr, dw_ptr, M, V, C, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr):
+def _join_kernel(
+    ids_ptr, first_ptr, last_ptr, dw_ptr, M, V, C, ADD: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr
+):
     # A program a chunk: where a run begins in it and goes on, it adds what the following chunks have of that run.
     chunk = tl.cast(tl.program_id(0), tl.int64)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -159,7 +170,7 @@ def _join_kernel(ids_ptr, first_ptr, last_ptr, dw_ptr, M, V, C, CHUNK: tl.conste
             total += tl.load(first_ptr + i * C + cols, mask=mask, other=0.0)
             i += 1
             after = tl.load(ids_ptr + i * CHUNK, mask=i * CHUNK < M, other=-1).to(tl.int64)
-        tl.store(dw_ptr + v * C + cols, total.to(dw_ptr.dtype.element_ty), mask=mask)
+        _store_row(dw_ptr, v * C + cols, total, mask, ADD)
 
 
 @triton.jit(do_not_specialize=["offset", "stream", "threshold"])
@@ -224,21 +235,26 @@ def _keys(ids: Tensor, V: int) -> Tensor:
 @operator(fake=lambda dy, ids, V, *_: dy.new_empty((V, dy.shape[-1])))
 def _embedding_backward(dy: Tensor, ids: Tensor, V: int, p: float, seed: Tensor | None, stream: int) -> Tensor:
     """The gradient of a table of V rows that ids, of dy's shape less the last, chose from."""
+    dw = torch.zeros((V, dy.shape[-1]), dtype=dy.dtype, device=dy.device)
+    _sum_rows(dw, dy, ids, p, seed, stream, add=False)
+    return dw
+
+
+def _sum_rows(dw: Tensor, dy: Tensor, ids: Tensor, p: float, seed: Tensor | None, stream: int, *, add: bool) -> None:
+    """Into dw, (V, C), at each id the sum of its rows of dy. add: to what is there, else there are zeros."""
     dy2 = rows(dy)
-    M, C = dy2.shape
-    dw = torch.zeros((V, C), dtype=dy.dtype, device=dy.device)
+    (M, C), V = dy2.shape, dw.shape[0]
     if M and C:
         ordered, order = _keys(ids, V).sort(stable=True)
         size = 4 if interpreting() else 32
         chunks = triton.cdiv(M, size)
         first, last = torch.empty((2, chunks, C), dtype=torch.float32, device=dy.device)
-        constants = {"CHUNK": size, **_columns(C)}
+        constants = {"ADD": add, "CHUNK": size, **_columns(C)}
         grid = (chunks, triton.cdiv(C, constants["BLOCK_C"]), 1)
         scalars = (dy2.stride(0), M, V, C, stream, *drop_threshold(p))
         tensors = (dy2, ordered, order, seed, dw, first, last)
-        launch(_runs_kernel, grid, (dy.dtype, ordered.dtype, seed is None), tensors, scalars, constants)
-        launch(_join_kernel, grid, (dy.dtype, ordered.dtype), (ordered, first, last, dw), (M, V, C), constants)
-    return dw
+        launch(_runs_kernel, grid, (dy.dtype, dw.dtype, ordered.dtype, seed is None), tensors, scalars, constants)
+        launch(_join_kernel, grid, (dw.dtype, ordered.dtype), (ordered, first, last, dw), (M, V, C), constants)
 
 
 @operator(fake=lambda dy, S, *_: dy.new_empty((S, dy.shape[-1])))
@@ -267,8 +283,10 @@ class _Embedding(torch.autograd.Function):
         p: float,
         seed: Tensor | None,
         stream: int,
+        tied: TiedGradient | None,
     ) -> Tensor:
         ctx.save_for_backward(ids, positions, seed)
+        ctx.tied = tied
         ctx.sizes = (weight.shape[0], 0 if position_weight is None else position_weight.shape[0])
         ctx.offset, ctx.p, ctx.stream = offset, p, stream
         return _embedding(ids, weight, position_weight, positions, offset, p, seed, stream)
@@ -281,12 +299,16 @@ class _Embedding(torch.autograd.Function):
         mask = (ctx.p, seed, ctx.stream)
         dw = dpos = None
         if ctx.needs_input_grad[1]:
-            dw = _embedding_backward(dy, ids, V, *mask)
+            dw = None if ctx.tied is None else ctx.tied.take()
+            if dw is None:
+                dw = _embedding_backward(dy, ids, V, *mask)
+            else:
+                _sum_rows(dw, dy, ids, *mask, add=True)
         if ctx.needs_input_grad[2] and positions is None:
             dpos = _positions_backward(dy, S, ctx.offset, *mask)
         elif ctx.needs_input_grad[2]:
             dpos = _embedding_backward(dy, positions.expand(dy.shape[:-1]), S, *mask)
-        return None, dw, dpos, None, None, None, None, None
+        return None, dw, dpos, None, None, None, None, None, None
 
 
 def embedding(
@@ -299,12 +321,13 @@ def embedding(
     *,
     seed: Tensor | None = None,
     stream: int = 0,
+    tied: TiedGradient | None = None,
 ) -> Tensor:
     """Rows of `weight`, plus rows of `position_weight` where one is given, with dropout.
 
     ids: (B, T) int64 in [0, V). weight: (V, C). position_weight: (S, C), of weight's dtype. positions: (T,) or (B, T)
     int64 in [0, S), or the position of the first token, from which on the others count. dropout_p, training, seed,
-    stream: as for `dropout`. Returns (B, T, C) in weight's dtype.
+    stream: as for `dropout`. tied: see there; given to `linear_cross_entropy` too. Returns (B, T, C) in weight's dtype.
 
     Raises ValueError for shapes that do not fit and for ids or positions out of range: on a CPU at once; on a GPU their
     rows are NaN and a later call raises (`raise_index_errors`), for looking at once would wait for the device.
@@ -321,7 +344,7 @@ def embedding(
     arguments = (ids, weight, position_weight, given, offset, dropout_p, seed, stream)
     tables = (weight, position_weight)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tables):
-        return _Embedding.apply(*arguments)
+        return _Embedding.apply(*arguments, None if torch.compiler.is_compiling() else tied)
     return _embedding(*arguments)
 
 

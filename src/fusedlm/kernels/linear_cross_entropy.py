@@ -18,6 +18,7 @@ from fusedlm.kernels._backend import interpreting, use_triton
 from fusedlm.kernels._index_errors import flag_index, index_flag, raise_index_errors
 from fusedlm.kernels._launch import elementwise_config, launch, num_programs
 from fusedlm.kernels._operator import operator
+from fusedlm.kernels._tied import TiedGradient
 from fusedlm.kernels._triton import tl, triton
 from fusedlm.kernels.cross_entropy import (
     Reduction,
@@ -167,7 +168,8 @@ def _linear_cross_entropy(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, target: Tensor, *options: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor, target: Tensor, tied: TiedGradient | None, *options: Any) -> Tensor:
+        ctx.tied = tied
         need = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
         loss, count, dx, dw = _linear_cross_entropy(x, w, target, *options, *need)
         ctx.save_for_backward(dx, dw, count)
@@ -180,8 +182,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx, dw, count = ctx.saved_tensors
         scale = dloss / count.clamp(min=1) if ctx.mean else dloss
         need_dx, need_dw, *_ = ctx.needs_input_grad
-        gradients = (_scaled(t, scale, dx.dtype) if need else None for t, need in ((dx, need_dx), (dw, need_dw)))
-        return *gradients, None, None, None, None, None
+        dx, dw = (_scaled(t, scale, dx.dtype) if need else None for t, need in ((dx, need_dx), (dw, need_dw)))
+        if ctx.tied is not None and dw is not None:
+            ctx.tied.leave(dw)
+            dw = None
+        return dx, dw, None, None, None, None, None, None
 
 
 @triton.jit
@@ -209,12 +214,15 @@ def linear_cross_entropy(
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    *,
+    tied: TiedGradient | None = None,
 ) -> Tensor:
     """cross_entropy(linear(input, weight), target, ...) without the logits in memory.
 
     input: (..., C). weight: (V, C), of input's dtype. target: (...) int64. reduction: "mean" or "sum". Other arguments
     and the returned fp32 scalar as for cross_entropy. The gradients are computed with the loss, so calling it with
-    gradients enabled costs what a forward and a backward pass do. Raises ValueError for what does not fit.
+    gradients enabled costs what a forward and a backward pass do. tied: where weight is the table that `embedding` has
+    and input depends on what that gave; see `TiedGradient`. Raises ValueError for what does not fit.
     """
     if weight.ndim != 2 or weight.shape[1] != input.shape[-1] or weight.dtype != input.dtype:
         raise ValueError(
@@ -228,5 +236,5 @@ def linear_cross_entropy(
     x, t = input.reshape(-1, input.shape[-1]), target.reshape(-1)
     options = (ignore_index, reduction == "mean", label_smoothing, z_loss)
     if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
-        return _LinearCrossEntropy.apply(x, weight, t, *options)
+        return _LinearCrossEntropy.apply(x, weight, t, None if torch.compiler.is_compiling() else tied, *options)
     return _linear_cross_entropy(x, weight, t, *options, False, False)[0]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fusedlm.kernels._tied import TiedGradient
 from fusedlm.kernels.cross_entropy import Reduction, cross_entropy
 from fusedlm.kernels.dropout import dropout
 from fusedlm.kernels.embedding import embedding
@@ -108,10 +109,11 @@ class Embedding(nn.Embedding):
         *,
         seed: Tensor | None = None,
         stream: int = 0,
+        tied: TiedGradient | None = None,
     ) -> Tensor:
         """ids: (B, T) int64. position_weight: (S, C), whose rows are added. Returns (B, T, C)."""
         options = (dropout_p, self.training)
-        return embedding(ids, self.weight, position_weight, positions, *options, seed=seed, stream=stream)
+        return embedding(ids, self.weight, position_weight, positions, *options, seed=seed, stream=stream, tied=tied)
 
 
 class GELU(nn.GELU):

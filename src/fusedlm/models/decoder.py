@@ -5,7 +5,15 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fusedlm.kernels import Embedding, LayerNorm, RMSNorm, dropout_seed, linear, linear_cross_entropy
+from fusedlm.kernels import (
+    Embedding,
+    LayerNorm,
+    RMSNorm,
+    TiedGradient,
+    dropout_seed,
+    linear,
+    linear_cross_entropy,
+)
 from fusedlm.models.config import ModelConfig
 from fusedlm.models.layers import Cache, DropoutState, Linear
 
@@ -31,8 +39,8 @@ class DecoderModel(nn.Module):
         self.embedding = Embedding(config.vocab_size, config.width)
         self.head = None if config.tied else Linear(config.width, config.vocab_size, bias=False)
 
-    def hidden_states(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
-        """ids: (B, T) int64. Returns what the head takes, (B, T, C)."""
+    def hidden_states(self, ids: Tensor, cache: Cache | None = None, tied: TiedGradient | None = None) -> Tensor:
+        """ids: (B, T) int64. tied: see there. Returns what the head takes, (B, T, C)."""
         raise NotImplementedError
 
     @property
@@ -60,8 +68,10 @@ class DecoderModel(nn.Module):
         positions the tokens have and what they attend to, where that is not all before them. Other options are those
         of `linear_cross_entropy`.
         """
-        hidden = self.hidden_states(ids, cache)
-        return linear_cross_entropy(hidden, self.head_weight, targets, ignore_index, "mean", label_smoothing, z_loss)
+        tied = TiedGradient() if self.head is None else None
+        hidden = self.hidden_states(ids, cache, tied)
+        options = (ignore_index, "mean", label_smoothing, z_loss)
+        return linear_cross_entropy(hidden, self.head_weight, targets, *options, tied=tied)  # type: ignore[arg-type]
 
     def dropout_state(self, device: torch.device) -> DropoutState:
         """That of one forward pass, with a new seed from torch's generator of the device; nothing in evaluation."""

@@ -1,8 +1,10 @@
 """GPT-2 (Radford et al. 2019): pre-norm blocks, learned positions, biases everywhere, tanh-GELU."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from fusedlm.kernels import GELU, Embedding, LayerNorm, mlp
+from fusedlm.kernels import GELU, Embedding, LayerNorm, TiedGradient, mlp
 from fusedlm.models.config import GPT2Config
 from fusedlm.models.decoder import DecoderModel, check_length
 from fusedlm.models.layers import Attention, Block, Cache, Linear, add_norm
@@ -40,12 +42,12 @@ class GPT2(DecoderModel):
         self.blocks = nn.ModuleList(block(config, layer) for layer in range(config.n_layers))
         self.norm = LayerNorm(config.width, config.norm_eps)
 
-    def hidden_states(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
+    def hidden_states(self, ids: Tensor, cache: Cache | None = None, tied: TiedGradient | None = None) -> Tensor:
         T = ids.shape[1]
         check_length(self.config, T)
         positions = 0 if cache is None else cache.positions(T)
         dropout, residual = self.dropout_state(ids.device), None
-        options = {"seed": dropout.seed, "stream": 2 * len(self.blocks) + 1}
+        options: dict[str, Any] = {"seed": dropout.seed, "stream": 2 * len(self.blocks) + 1, "tied": tied}
         x = self.embedding(ids, self.positions.weight, positions, dropout.p, **options)  # (B, T, C)
         for block in self.blocks:
             x, residual = block(x, residual, None, cache, dropout)

@@ -1,9 +1,11 @@
 """Llama (Touvron et al. 2023; Dubey et al. 2024): pre-norm blocks, rotary positions, RMSNorm, SwiGLU, no biases."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from fusedlm.kernels import RMSNorm, RotaryEmbedding, SwiGLU, mlp
+from fusedlm.kernels import RMSNorm, RotaryEmbedding, SwiGLU, TiedGradient, mlp
 from fusedlm.models.config import LlamaConfig
 from fusedlm.models.decoder import DecoderModel, check_length
 from fusedlm.models.layers import Attention, Block, Cache, Linear, add_norm
@@ -41,12 +43,12 @@ class Llama(DecoderModel):
         self.blocks = nn.ModuleList(block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
 
-    def hidden_states(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
+    def hidden_states(self, ids: Tensor, cache: Cache | None = None, tied: TiedGradient | None = None) -> Tensor:
         T = ids.shape[1]
         check_length(self.config, T)
         positions = torch.arange(T, device=ids.device) if cache is None else cache.positions(T)
         dropout, residual = self.dropout_state(ids.device), None
-        options = {"seed": dropout.seed, "stream": 2 * len(self.blocks) + 1}
+        options: dict[str, Any] = {"seed": dropout.seed, "stream": 2 * len(self.blocks) + 1, "tied": tied}
         x = self.embedding(ids, dropout_p=dropout.p, **options)  # (B, T, C)
         rotary = self.rotary(positions, torch.promote_types(x.dtype, torch.float32))
         for block in self.blocks:

@@ -279,7 +279,10 @@ class _Step:
         table, n = config.vocab_size * config.width, config.n_layers
         part = "workspace" if self.sharded or training.accumulate else "gradients"
         ledger.moment = "backward of the loss"
-        dy, head = self.residual(self.x), self.table_gradient(part, table)
+        dy = self.residual(self.x)
+        # A tied one waits for the embedding's rows, see kernels/_tied.py, and is widened with them.
+        waits = config.tied and not self.sharded and self.g != self.e
+        head = ledger.take("workspace", table * self.e) if waits else self.table_gradient(part, table)
         ledger.give(*loss)
         at_once = training.accumulate and not self.sharded  # a gradient is summed as soon as it is whole
         if at_once and not config.tied:
@@ -299,14 +302,21 @@ class _Step:
         ledger.moment = "backward of the embedding"
         positions = ledger.take("workspace", self.parameters.positions * self.e)  # of the same op as the table's
         chunks = -(-self.M // 32)  # sums of runs of ids that cross chunks; and the ids, sorted
-        embedding = self.table_gradient(part, table, chunks * config.width * 4 * 2 + self.M * 24)
+        workspace, embedding = chunks * config.width * 4 * 2 + self.M * 24, None
+        if config.tied:
+            ledger.give(ledger.take("workspace", workspace))
+            if waits:
+                narrow, head = head, ledger.take(part, table * self.g)
+                ledger.give(narrow)
+        else:
+            embedding = self.table_gradient(part, table, workspace)
         ledger.give(dr, positions)
         if self.parameters.positions:
             self.gradient(self.parameters.positions)
-        if config.tied or at_once:  # added to the head's, or to what there was
+        if at_once:  # added to what there was
             ledger.give(embedding)
         if self.sharded:
-            self.whole += [head] if config.tied else [head, embedding]
+            self.whole += [head] if embedding is None else [head, embedding]
             self.divide()
         elif at_once and config.tied:
             ledger.give(head)
