@@ -1,11 +1,12 @@
 """Compile every kernel for GPUs that are not here, and read what it would take of them.
 
-    python tests/kernels/compile_tier.py [NAMES] [--json]
+    python tests/kernels/compile_tier.py [NAMES] [--for CAPABILITY ...] [--thorough] [--json]
 
 Ops run on the device "meta" at the shapes of their case and record their launches; each is compiled for sm_80, 89,
 90, 100 and 120 by the real compiler (so not under TRITON_INTERPRET=1), and cuobjdump reads registers, stack and shared
 memory. A stack means spilled registers, for no kernel here has local arrays: any fails, but for sixteen bytes on
-sm_120, as does too much shared memory. Attention wider than 128 is only reported.
+sm_120, as does too much shared memory. Attention wider than 128 is only reported. --thorough: in bf16, fp16 and fp32,
+at the case's `compiled` shapes too, with and without gradients.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,14 +72,16 @@ class Resources:
         ) and self.shared <= SHARED_LIMITS[self.capability]
 
 
-def _launches(case: OpCase, shape: Shape, dtype: torch.dtype, capability: int = 90) -> list[Launch]:
-    """What a forward and a backward pass launch at a shape on a GPU. Nothing is computed."""
+def _launches(
+    case: OpCase, shape: Shape, dtype: torch.dtype, capability: int = 90, *, gradients: bool = True
+) -> list[Launch]:
+    """What a forward pass, and a backward pass where there are gradients, launch on a GPU. Nothing is computed."""
     with torch.device("meta"):
         inputs = {}
         for name, value in case.inputs(shape, None).items():
             if isinstance(value, Tensor) and value.is_floating_point():
                 value = value.to(torch.float32 if name in case.fixed else dtype)
-                value.requires_grad_(name in case.gradients)
+                value.requires_grad_(gradients and name in case.gradients)
             inputs[name] = value
         with backend("triton"), record_launches(capability) as launches:
             result = case.op(**inputs)
@@ -123,13 +126,19 @@ def _read(compiled: Any) -> tuple[int, int]:
     return int(found["REG"]), int(found["STACK"])
 
 
-def compile_case(case: OpCase, *, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)) -> Iterator[Resources]:
-    """Every kernel that an op launches at its shapes to time, for every generation of GPU."""
+def compile_case(
+    case: OpCase, *, capabilities: Iterable[int] = tuple(SHARED_LIMITS), thorough: bool = False
+) -> Iterator[Resources]:
+    """Every kernel that an op launches at its shapes to time, for generations of GPU."""
     seen = set()
     # The smallest, the middle and the largest of many; all where products and so widths decide.
     shapes = case.bench if case.flops else case.bench[:: max(1, len(case.bench) // 2)]
-    for shape, dtype, capability in itertools.product(shapes, dtypes, SHARED_LIMITS):
-        for launch in _launches(case, shape, dtype, capability):
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
+    passes: tuple[bool, ...] = (True,)
+    if thorough:
+        shapes, dtypes, passes = shapes + case.compiled, (torch.bfloat16, torch.float16, torch.float32), (True, False)
+    for shape, dtype, gradients, capability in itertools.product(shapes, dtypes, passes, capabilities):
+        for launch in _launches(case, shape, dtype, capability, gradients=gradients):
             types = tuple(a.dtype if isinstance(a, Tensor) else type(a) for a in launch.arguments)
             key = (launch.kernel, capability, types, tuple(launch.constants.items()))
             if key in seen:
@@ -145,9 +154,14 @@ def compile_case(case: OpCase, *, dtypes: tuple[torch.dtype, ...] = (torch.bfloa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="ops; all where none is named")
+    parser.add_argument(
+        "--for", type=int, nargs="+", choices=SHARED_LIMITS, default=tuple(SHARED_LIMITS), dest="capabilities"
+    )
+    parser.add_argument("--thorough", action="store_true", help="every dtype, more shapes, also without gradients")
     parser.add_argument("--json", action="store_true", help="print all as JSON")
     options = parser.parse_args()
-    found = [r for name in options.names or CASES for r in compile_case(CASES[name])]
+    how = {"capabilities": options.capabilities, "thorough": options.thorough}
+    found = [r for name in options.names or CASES for r in compile_case(CASES[name], **how)]
     bad = [r for r in found if not r.fits]
     if options.json:
         print(json.dumps([asdict(r) for r in found]))

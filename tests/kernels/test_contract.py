@@ -31,6 +31,15 @@ def test_contract(case: Any, shape: Shape, options: dict[str, Any]) -> None:
     check(case, shape, device=DEVICE, **options)
 
 
+@pytest.mark.skipif(not GPU, reason="too much to interpret")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("case", "shape"), [pytest.param(c, s, id=f"{n}-{i}") for n, c in CASES.items() for i, s in enumerate(c.large)]
+)
+def test_contract_at_large_shapes(case: Any, shape: Shape, dtype: torch.dtype) -> None:
+    check(case, shape, dtype=dtype, device=DEVICE)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_compiles_whole(name: str) -> None:
     """torch.compile(fullgraph=True) over the op, forward and backward; without a GPU all but code generation."""

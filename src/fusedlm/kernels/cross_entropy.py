@@ -42,13 +42,21 @@ def cross_entropy_ref(
 
 
 @triton.jit
-def _add_block(x, m, total):
+def add_block(x, m, total):
     """The maximum and sum of exponentials of each lane, with a block (BLOCK_K, BLOCK_V) of numbers added."""
     larger = tl.maximum(m, tl.max(x, 0))
     # A lane that has seen nothing but -inf: its sum is 0, and -inf - -inf must not make it NaN.
     known = tl.where(larger == float("-inf"), 0.0, larger) * 1.4426950408889634
     total = total * tl.exp2(m * 1.4426950408889634 - known)
     return larger, total + tl.sum(tl.exp2(x * 1.4426950408889634 - known[None, :]), 0)
+
+
+@triton.jit
+def reduce_lanes(m, total):
+    """The maximum and sum of exponentials of all lanes together."""
+    top = tl.max(m, 0)
+    known = tl.where(top == float("-inf"), 0.0, top)
+    return top, tl.sum(total * tl.exp2((m - known) * 1.4426950408889634), 0)
 
 
 @triton.jit
@@ -64,26 +72,28 @@ def row_statistics(x_ptr, V, SUM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: 
         x = tl.load(x_ptr + start + cols).to(tl.float32)
         if SUM:
             plain += tl.sum(x, 0)
-        m, total = _add_block(x, m, total)
+        m, total = add_block(x, m, total)
     if whole < V:
         inside = whole + cols < V
         x = tl.load(x_ptr + whole + cols, mask=inside, other=float("-inf")).to(tl.float32)
         if SUM:
             plain += tl.sum(tl.where(inside, x, 0.0), 0)
-        m, total = _add_block(x, m, total)
-    top = tl.max(m, 0)
-    known = tl.where(top == float("-inf"), 0.0, top)
-    lse = top + tl.log2(tl.sum(total * tl.exp2((m - known) * 1.4426950408889634), 0)) * 0.6931471805599453
-    return lse, tl.sum(plain, 0)
+        m, total = add_block(x, m, total)
+    top, total = reduce_lanes(m, total)
+    return top + tl.log2(total) * 0.6931471805599453, tl.sum(plain, 0)
 
 
 @triton.jit
-def row_loss(x_ptr, t, lse, plain, valid, V, smoothing, z):
+def target_logit(x_ptr, t, V):
+    """The logit of a row's target; where that is out of range, another."""
+    return tl.load(x_ptr + tl.where((t >= 0) & (t < V), t, 0)).to(tl.float32)
+
+
+@triton.jit
+def row_loss(x_t, t, lse, plain, valid, V, smoothing, z):
     """The loss of a row; 0 where it is ignored, NaN where its target is out of range."""
-    inside = (t >= 0) & (t < V)
-    x_t = tl.load(x_ptr + tl.where(inside, t, 0)).to(tl.float32)
     loss = lse - (1.0 - smoothing) * x_t - smoothing * (plain / V) + z * lse * lse
-    loss = tl.where(inside, loss, float("nan"))
+    loss = tl.where((t >= 0) & (t < V), loss, float("nan"))
     return tl.where(valid, loss, 0.0)
 
 
@@ -121,7 +131,7 @@ def _fwd_kernel(
     valid = t != ignore
     flag_index(flag_ptr, valid & ((t < 0) | (t >= V)), t, V)
     tl.store(lse_ptr + row, lse)
-    tl.store(loss_ptr + row, row_loss(x_ptr, t, lse, plain, valid, V, smoothing, z))
+    tl.store(loss_ptr + row, row_loss(target_logit(x_ptr, t, V), t, lse, plain, valid, V, smoothing, z))
 
 
 @triton.jit

@@ -34,14 +34,16 @@ class OpCase:
     op, reference: take the inputs by name and return a tensor or a tuple of tensors.
     inputs: makes the inputs of a shape from a generator, on the generator's device (or torch's current one): floating-
     point tensors in float64, which are cast to the dtype under test, and anything else as it is.
-    shapes: for the contract; small, odd, and with more rows than programs.
+    shapes: for the contract; small, odd, and with more rows than programs. large: for the contract too, on a GPU alone,
+    since interpreting would take too long.
     gradients: inputs that are differentiated. fixed: floating-point inputs that keep float32 (tables of angles).
     traffic: elements read and written by (forward, backward) at a shape, each input and output once.
     flops: floating-point operations of (forward, backward), where products and not memory set the limit.
     bench: shapes to time, in bench_dtype. checked: the shape to check in place of one to time, where the reference in
-    float64 would need too much memory. timed: what is timed where it is not op itself (op copies what timed writes
-    into). left: whether op by itself leaves inputs, with gradients or without, to torch's own implementation, which was
-    measured faster; timed does not. together: forward and backward are timed as one, because one does the other's work.
+    float64 would need too much memory. compiled: shapes beside these that have compiled code of their own. timed: what
+    is timed where it is not op itself (op copies what timed writes into). left: whether op by itself leaves inputs, with
+    gradients or without, to torch's own implementation, which was measured faster; timed does not. together: forward and
+    backward are timed as one, because one does the other's work.
     max_ratio, rms_ratio: where an op's rounding differs from the reference's, with why.
     """
 
@@ -50,12 +52,14 @@ class OpCase:
     reference: Callable[..., Any]
     inputs: Callable[[Shape, torch.Generator | None], Inputs]
     shapes: tuple[Shape, ...]
+    large: tuple[Shape, ...] = ()
     gradients: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
     traffic: Callable[[Shape], tuple[int, int]] | None = None
     flops: Callable[[Shape], tuple[int, int]] | None = None
     bench: tuple[Shape, ...] = ()
     bench_dtype: torch.dtype = torch.bfloat16
+    compiled: tuple[Shape, ...] = ()
     checked: Callable[[Shape], Shape] = lambda shape: shape
     timed: Callable[..., Any] | None = None
     left: Callable[[Inputs, bool], bool] | None = None

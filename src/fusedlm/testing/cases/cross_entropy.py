@@ -56,6 +56,23 @@ CASES = (
             {"M": 12, "V": 123, "C": 24, "ignore_index": -100},
             {"M": 24, "V": 130, "C": 16, "reduction": "sum", "label_smoothing": 0.1, "z_loss": 1e-2},
             {"M": 24, "V": 64, "C": 16, "z_loss": 1e-2, "ignore_index": 3},
+            # On Hopper: more rows than programs, and no multiple; rows that take 3 slots, the last of them in part; and
+            # rows that are longer than all slots together.
+            {"M": 269, "V": 192, "C": 8, "ignore_index": -100},
+            {"M": 11, "V": 2240, "C": 8, "label_smoothing": 0.1, "ignore_index": 5},
+            {"M": 4, "V": 8384, "C": 8, "label_smoothing": 0.1, "z_loss": 1e-2},
+        ),
+        # On Hopper: fewer rows than programs, and no multiple of them; rows of one slot of shared memory (bf16), of
+        # some, of a little more than all in fp32 and in bf16, and longer ones; and rows that its kernel cannot take.
+        large=(
+            {"M": 140, "V": 4096, "C": 16, "ignore_index": -100, "label_smoothing": 0.1},
+            {"M": 530, "V": 6208, "C": 16, "reduction": "sum", "z_loss": 1e-2, "ignore_index": 3},
+            {"M": 300, "V": 50304, "C": 16, "ignore_index": -100},
+            {"M": 150, "V": 57408, "C": 16, "label_smoothing": 0.1, "z_loss": 1e-2},
+            {"M": 270, "V": 114752, "C": 16, "reduction": "sum", "ignore_index": -100},
+            {"M": 5, "V": 128256, "C": 16, "label_smoothing": 0.1, "ignore_index": -100},
+            {"M": 150, "V": 128256, "C": 16, "z_loss": 1e-2},
+            {"M": 140, "V": 50257, "C": 16, "ignore_index": -100},
         ),
         gradients=("input", "weight"),
         traffic=lambda s: (s["M"] * s["V"], 2 * s["M"] * s["V"]),
@@ -64,6 +81,12 @@ CASES = (
         max_ratio=4.0,
         rms_ratio=1.8,
         bench=({"M": 32768, "V": 50304, "C": 768}, {"M": 8192, "V": 128256, "C": 2048}),
+        compiled=(
+            {"M": 4096, "V": 50304, "C": 64, "label_smoothing": 0.1},
+            {"M": 4096, "V": 128256, "C": 64, "label_smoothing": 0.1},
+            {"M": 4096, "V": 50257, "C": 64, "label_smoothing": 0.1},
+            {"M": 4096, "V": 50257, "C": 64},
+        ),
         together=True,
         empty={"M": 0, "V": 16, "C": 8, "reduction": "sum"},
     ),

@@ -15,22 +15,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fusedlm.kernels._backend import interpreting, use_triton
-from fusedlm.kernels._index_errors import flag_index, index_flag, raise_index_errors
-from fusedlm.kernels._launch import elementwise_config, launch, num_programs
+from fusedlm.kernels._index_errors import raise_index_errors
+from fusedlm.kernels._launch import elementwise_config, launch
 from fusedlm.kernels._operator import operator
 from fusedlm.kernels._tied import TiedGradient
 from fusedlm.kernels._triton import tl, triton
-from fusedlm.kernels.cross_entropy import (
-    Reduction,
-    check_loss,
-    cross_entropy_ref,
-    gradient_factors,
-    probabilities,
-    reduce_losses,
-    row_loss,
-    row_statistics,
-    statistics_config,
-)
+from fusedlm.kernels.cross_entropy import Reduction, check_loss, cross_entropy_ref, reduce_losses
+from fusedlm.kernels.linear_cross_entropy.launches import losses_in_place
 
 
 def linear_cross_entropy_ref(
@@ -45,63 +36,9 @@ def linear_cross_entropy_ref(
     return cross_entropy_ref(F.linear(input, weight), target, ignore_index, reduction, label_smoothing, z_loss)
 
 
-@triton.jit
-def _loss_kernel(
-    x_ptr,
-    t_ptr,
-    loss_ptr,
-    flag_ptr,
-    M,
-    V,
-    ignore,
-    smoothing,
-    z,
-    SUM: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """Losses of rows; their logits become their own gradient. The second reading of a row finds it in the L2 cache,
-    which is why only so many programs run at once."""
-    for i in range(tl.program_id(0), M, tl.num_programs(0)):
-        row = tl.cast(i, tl.int64)
-        t = tl.load(t_ptr + row)
-        row_ptr = x_ptr + row * V
-        lse, plain = row_statistics(row_ptr, V, SUM, BLOCK_K, BLOCK_V)
-        valid = t != ignore
-        inside = (t >= 0) & (t < V)
-        flag_index(flag_ptr, valid & (inside == 0), t, V)
-        tl.store(loss_ptr + row, row_loss(row_ptr, t, lse, plain, valid, V, smoothing, z))
-        if GRADIENT:
-            g = tl.where(valid, tl.where(inside, 1.0, float("nan")), 0.0)
-            a, b, c = gradient_factors(t, lse, g, V, smoothing, z)
-            at_target = a * probabilities(tl.load(row_ptr + tl.where(inside, t, 0)).to(tl.float32), lse) - b - c
-            tl.debug_barrier()  # every thread has read the target's logit before it is overwritten
-            cols = tl.arange(0, BLOCK_K * BLOCK_V)
-            whole = V // (BLOCK_K * BLOCK_V) * (BLOCK_K * BLOCK_V)
-            for start in range(0, whole, BLOCK_K * BLOCK_V):
-                x = tl.load(row_ptr + start + cols).to(tl.float32)
-                dx = a * probabilities(x, lse) - b
-                tl.store(row_ptr + start + cols, dx.to(x_ptr.dtype.element_ty))
-            if whole < V:
-                mask = whole + cols < V
-                x = tl.load(row_ptr + whole + cols, mask=mask, other=0.0).to(tl.float32)
-                dx = a * probabilities(x, lse) - b
-                tl.store(row_ptr + whole + cols, dx.to(x_ptr.dtype.element_ty), mask=mask)
-            tl.debug_barrier()  # the target's own store comes last
-            tl.store(row_ptr + t, at_target.to(x_ptr.dtype.element_ty), mask=valid & inside)
-
-
 def _chunk_rows(V: int, dtype: torch.dtype) -> int:
     """Rows a chunk: 4,096 keep the products at full speed; fewer where their logits would take more than 1 GiB."""
     return 5 if interpreting() else max(1024, min(2**30 // (V * dtype.itemsize), 4096) // 1024 * 1024)
-
-
-def _loss_config(device: torch.device) -> tuple[int, dict[str, int]]:
-    """Programs, so that the rows they are at fit the L2 cache, and constants."""
-    if interpreting():
-        return num_programs(device, 1), statistics_config()
-    return num_programs(device, 4), {"BLOCK_K": 4, "BLOCK_V": 2048, "num_warps": 8}
 
 
 def _product_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
@@ -149,15 +86,12 @@ def _linear_cross_entropy(
     raise_index_errors()
     chunk = _chunk_rows(V, x.dtype)
     buffer = torch.empty((min(chunk, M), V), dtype=x.dtype, device=device)
-    programs, config = _loss_config(device)
-    constants = {"SUM": label_smoothing != 0, "GRADIENT": need_dx or need_dw, **config}
     for start in range(0, M, chunk):
         part = x[start : start + chunk]
         logits = buffer[: part.shape[0]]
         torch.mm(part, w.t(), out=logits)
-        tensors = (logits, target[start : start + chunk], losses[start : start + chunk], index_flag(device))
-        scalars = (part.shape[0], V, ignore_index, label_smoothing, z_loss)
-        launch(_loss_kernel, (min(programs, part.shape[0]), 1, 1), x.dtype, tensors, scalars, constants)
+        rows = (logits, target[start : start + chunk], losses[start : start + chunk])
+        losses_in_place(*rows, ignore_index, label_smoothing, z_loss, gradient=need_dx or need_dw)
         if need_dx:
             torch.mm(logits, w, out=dx[start : start + chunk])
         if need_dw:
