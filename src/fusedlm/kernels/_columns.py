@@ -13,15 +13,17 @@ from fusedlm.kernels._triton import tl, triton
 
 
 @functools.cache
-def column_config(M: int, N: int, device: torch.device, tile: int = 2048) -> tuple[dict[str, Any], int, int, int]:
+def column_config(
+    M: int, N: int, device: torch.device, tile: int = 2048, programs: int = 8
+) -> tuple[dict[str, Any], int, int, int]:
     """(constants, blocks of columns, parts that rows are cut into, rows of a part) of kernels that go down columns.
 
-    tile: how many elements a program has on their way at once.
+    tile: how many elements a program has on their way at once. programs: of a multiprocessor.
     """
     block_n = min(triton.next_power_of_2(N), 16 if interpreting() else 256)
     block_m = 4 if interpreting() else tile // block_n
     blocks = triton.cdiv(N, block_n)
-    parts = max(num_programs(device, 8) // blocks, 1)
+    parts = max(num_programs(device, programs) // blocks, 1)
     rows = triton.cdiv(triton.cdiv(M, parts), block_m) * block_m
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4}, blocks, triton.cdiv(M, rows), rows
 
@@ -74,7 +76,7 @@ def _column_sums(x: Tensor) -> Tensor:
     M, N = x.shape
     if not M or not N:
         return x.new_zeros(N)
-    constants, blocks, parts, rows = column_config(M, N, x.device, 4096)
+    constants, blocks, parts, rows = column_config(M, N, x.device, 8192, 4)
     partial = torch.empty((1, parts, N), dtype=torch.float32, device=x.device)
     launch(_column_sums_kernel, (blocks * parts, 1, 1), x.dtype, (x, partial), (x.stride(0), M, N, rows), constants)
     return sum_partials(partial, x.dtype)[0]

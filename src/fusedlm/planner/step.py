@@ -169,7 +169,7 @@ class _Step:
         """Of N biases: partial sums over parts of the rows, in blocks of columns; see kernels/_columns.py."""
         if self.gpt2:
             blocks = -(-N // min(1 << (N - 1).bit_length(), 256))
-            parts = max(8 * self.gpu.sms // blocks, 1)
+            parts = max(4 * self.gpu.sms // blocks, 1)
             self.ledger.give(self.ledger.take("workspace", min(parts, self.M / 8) * N * 4))
 
     def activation_sums(self) -> None:
@@ -193,7 +193,8 @@ class _Step:
         dx = self.residual(self.x) if dropped else None
         # Each program's sums of dw (and db, and of dx); as many programs as fill the GPU with rows of this width.
         block = 1 << (self.config.width - 1).bit_length()
-        each, warps = (32, 8) if ds is not None else (8, 24) if block <= 1024 else (16, 16)
+        alone = (8, 24) if block <= 1024 else (16, 16)
+        each, warps = (16, 12) if self.by_norms else (32, 8) if ds is not None else alone
         programs = self.gpu.sms * min(max(warps // min(max(block // (32 * each), 1), 32), 1), 16)
         count = self.layer.norm + self.by_norms
         partial = self.ledger.take("workspace", count * min(self.M, programs) * 4)

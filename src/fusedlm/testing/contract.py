@@ -41,9 +41,9 @@ class OpCase:
     flops: floating-point operations of (forward, backward), where products and not memory set the limit.
     bench: shapes to time, in bench_dtype. checked: the shape to check in place of one to time, where the reference in
     float64 would need too much memory. compiled: shapes beside these that have compiled code of their own. timed: what
-    is timed where it is not op itself (op copies what timed writes into). left: whether op by itself leaves inputs, with
-    gradients or without, to torch's own implementation, which was measured faster; timed does not. together: forward and
-    backward are timed as one, because one does the other's work.
+    is timed where it is not op itself (op copies what timed writes into). left: whether op by itself leaves inputs,
+    with gradients or without, to torch's own implementation, which was measured faster; timed does not.
+    together: forward and backward are timed as one, because one does the other's work.
     max_ratio, rms_ratio: where an op's rounding differs from the reference's, with why.
     """
 

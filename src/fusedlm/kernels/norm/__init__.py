@@ -85,13 +85,17 @@ def _fwd_config(N: int, has_mean: bool, has_sum: bool) -> dict[str, Any]:
 
 
 @functools.cache
-def _bwd_config(N: int, has_mean: bool, has_sum: bool) -> tuple[int, dict[str, Any]]:
+def _bwd_config(N: int, has_mean: bool, has_sum: bool, sums: bool) -> tuple[int, dict[str, Any]]:
     """Programs a multiprocessor, as many as their registers let be resident at once, and the constants.
 
-    Measured, see docs/kernels/norm.md: behind a sum 32 numbers a thread, alone 16, or 8 where a row is short.
+    Measured, see docs/kernels/norm.md: behind a sum 32 numbers a thread, or 16 where dx is summed too; alone 16, or 8
+    where a row is short.
     """
     block = max(triton.next_power_of_2(N), 8)
-    each, warps_per_multiprocessor = (32, 8) if has_sum else (8, 24) if block <= 1024 else (16, 16)
+    if sums:
+        each, warps_per_multiprocessor = 16, 12
+    else:
+        each, warps_per_multiprocessor = (32, 8) if has_sum else (8, 24) if block <= 1024 else (16, 16)
     warps = min(max(block // (32 * each), 1), 32)
     programs = min(max(warps_per_multiprocessor // warps, 1), 16)
     return programs, {"N": N, "HAS_MEAN": has_mean, "BLOCK_N": block, "num_warps": warps}
@@ -190,7 +194,7 @@ def _norm_backward(
     """
     x2, dy2, ds2 = rows(x), rows(dy), rows(ds) if ds is not None else None
     M, N = x2.shape
-    resident, constants = _bwd_config(N, stats.shape[0] == 2, ds is not None)
+    resident, constants = _bwd_config(N, stats.shape[0] == 2, ds is not None, sums)
     programs = min(M, num_programs(x.device, resident))
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dropped = torch.empty_like(dx) if seed is not None else None
