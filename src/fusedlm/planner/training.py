@@ -21,13 +21,13 @@ class Training:
     batch: sequences that a GPU takes at once. context: tokens of each. dtype: fp32 and tf32 keep everything in fp32;
     bf16 and fp16 keep weights, gradients and activations in two bytes; fp8 is bf16 whose blocks' products have fp8
     inputs, kept so for the backward pass, and fp8 copies of their weights (an estimate: nothing here trains so).
-    masters: what the optimizer updates are fp32 masters of weights of two bytes: of fp16 they are beside the weights, of
-    bf16 only the two bytes that the weights lack of them. grad_dtype: "same" as the weights', or
-    "fp32", which those of fp16 always are, for their scale is divided out. state_dtype: of AdamW's two moments, "fp32"
-    or "bf16". dropout: whether there is any. recompute: what is computed anew in the backward pass and not kept:
-    "none"; "cheap": outputs of norms, GELU and SwiGLU; "blocks": everything but the inputs of each block.
-    accumulate: gradients of one batch stay while the next is computed. gpus: weights, gradients, masters and moments
-    are divided among so many (FSDP). Raises ValueError for what cannot be.
+    masters: the optimizer updates fp32 masters of weights of two bytes. Beside weights of fp16 they are whole; beside
+    those of bf16 there are the two bytes that these lack. grad_dtype: "same" as the weights', or "fp32", which those of
+    fp16 always are, for their scale is divided out. state_dtype: of AdamW's two moments, "fp32" or "bf16". dropout:
+    whether there is any. recompute: what is computed anew in the backward pass and not kept: "none"; "cheap": outputs
+    of norms, GELU and SwiGLU; "blocks": everything but the inputs of each block. accumulate: gradients of one batch
+    stay while the next is computed. gpus: weights, gradients, masters and moments are divided among so many (FSDP).
+    Raises ValueError for what cannot be.
     """
 
     batch: int

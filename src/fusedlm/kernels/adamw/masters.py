@@ -22,8 +22,9 @@ def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
     if master.dtype != torch.float32:
         raise ValueError(f"master is {master.dtype}; expected {torch.float32}")
     bits = master.view(torch.int32)
-    high = (bits + 0x8000) >> 16  # beyond 2^31 it wraps, which NaN alone reaches
-    low = (bits - (high << 16)).to(torch.int16)
+    # By name, for torch's >> and << give something else of DTensors. Beyond 2^31 it wraps, which NaN alone reaches.
+    high = torch.bitwise_right_shift(bits + 0x8000, 16)
+    low = (bits - torch.bitwise_left_shift(high, 16)).to(torch.int16)
     nan = master.isnan()
     return high.to(torch.int16).view(torch.bfloat16).masked_fill(nan, torch.nan), low.masked_fill(nan, 0)
 
@@ -38,7 +39,7 @@ def join_master(p: Tensor, low: Tensor) -> Tensor:
         raise ValueError(f"p is {p.dtype} and low {low.dtype}; expected {torch.bfloat16} and {torch.int16}")
     if p.shape != low.shape:
         raise ValueError(f"low has shape {tuple(low.shape)}; expected {tuple(p.shape)}, p's")
-    high = p.view(torch.int16).to(torch.int32) << 16
+    high = torch.bitwise_left_shift(p.view(torch.int16).to(torch.int32), 16)
     # Below the bits of 0 are those of NaN; a parameter that was set to 0 must not become one.
     return torch.where((p == 0) & (low < 0), high, high + low).view(torch.float32)
 
