@@ -124,10 +124,10 @@ def _read(compiled: Any) -> tuple[int, int]:
 
 
 def compile_case(case: OpCase, *, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)) -> Iterator[Resources]:
-    """Every kernel that an op launches at its shapes to time, for every generation of GPU."""
+    """Every kernel that an op launches at its shapes to time (or the contract's), for every generation of GPU."""
     seen = set()
-    # The smallest, the middle and the largest of many; all where products and so widths decide.
-    shapes = case.bench if case.flops else case.bench[:: max(1, len(case.bench) // 2)]
+    # The smallest, the middle and the largest of many; all where products and so widths decide, or where none is timed.
+    shapes = case.bench if case.flops else case.bench[:: max(1, len(case.bench) // 2)] or case.shapes
     for shape, dtype, capability in itertools.product(shapes, dtypes, SHARED_LIMITS):
         for launch in _launches(case, shape, dtype, capability):
             types = tuple(a.dtype if isinstance(a, Tensor) else type(a) for a in launch.arguments)
