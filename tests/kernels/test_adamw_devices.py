@@ -56,11 +56,11 @@ def _mesh(rank: int, store: str) -> Any:
 
 
 def _spread(listed: list[Tensor], mesh: Any) -> list[Tensor]:
-    """The first in shards, the second replicated, the third plain."""
+    """The first in shards, the second replicated, the third plain. Every process has them all, so nothing is sent."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     pairs = zip(listed, ([Shard(0)], [Replicate()], None), strict=True)
-    return [t if how is None else distribute_tensor(t.detach(), mesh, how) for t, how in pairs]
+    return [t if how is None else distribute_tensor(t.detach(), mesh, how, src_data_rank=None) for t, how in pairs]
 
 
 def _whole(t: Any) -> Tensor:
