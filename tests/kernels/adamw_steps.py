@@ -1,9 +1,12 @@
 """Parameters, gradients and steps that the tests of AdamW share: the same numbers for ours and torch's."""
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fusedlm.kernels.adamw import join_master
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -45,3 +48,11 @@ def error(found: list[Tensor], truth: list[Tensor]) -> float:
 
 def two_groups(params: list[Tensor]) -> list[dict[str, Any]]:
     return [{"params": params[:1], "weight_decay": 0.3}, {"params": params[1:], "weight_decay": 0.0, "lr": 0.02}]
+
+
+def with_masters_whole(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's state as earlier versions had it."""
+    state = copy.deepcopy(optimizer.state_dict())
+    for number, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        state["state"][number]["master"] = join_master(p.detach(), state["state"][number].pop("master_low"))
+    return state

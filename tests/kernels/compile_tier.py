@@ -129,10 +129,10 @@ def _read(compiled: Any) -> tuple[int, int]:
 def compile_case(
     case: OpCase, *, capabilities: Iterable[int] = tuple(SHARED_LIMITS), thorough: bool = False
 ) -> Iterator[Resources]:
-    """Every kernel that an op launches at its shapes to time, for generations of GPU."""
+    """Every kernel that an op launches at its shapes to time (or the contract's), for generations of GPU."""
     seen = set()
-    # The smallest, the middle and the largest of many; all where products and so widths decide.
-    shapes = case.bench if case.flops else case.bench[:: max(1, len(case.bench) // 2)]
+    # The smallest, the middle and the largest of many; all where products and so widths decide, or where none is timed.
+    shapes = case.bench if case.flops else case.bench[:: max(1, len(case.bench) // 2)] or case.shapes
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
     passes: tuple[bool, ...] = (True,)
     if thorough:

@@ -89,10 +89,14 @@ def test_parts_are_all_there_is() -> None:
     memory, n = planned(GPT2), count_parameters(PRESETS["gpt2"])
     assert memory.parts.keys() == memory.most.keys() == set(PARTS)
     assert all(memory.most[part] >= size for part, size in memory.parts.items())
-    sizes = {"weights": 2 * n, "masters": 4 * n, "optimizer": 8 * n}
+    sizes = {"weights": 2 * n, "masters": 2 * n, "optimizer": 8 * n}
     assert {part: memory.parts[part] for part in sizes} == pytest.approx(sizes, abs=512)
     # Of the tied table there is one gradient: the embedding adds its rows to the head's.
     assert memory.most["gradients"] == pytest.approx(2 * n, rel=0.001)
+
+
+def masters(parts: Any) -> dict[str, int]:
+    return {"masters": parts["masters"]}
 
 
 def test_precisions() -> None:
@@ -103,8 +107,10 @@ def test_precisions() -> None:
     )
     assert planned(GPT2, dtype="tf32") == fp32
     fp16 = planned(GPT2, dtype="fp16")  # with gradients in fp32
-    assert fp16 == planned(GPT2, grad_dtype="fp32")
+    wide = planned(GPT2, grad_dtype="fp32")
+    assert fp16 == replace(wide, parts={**wide.parts, **masters(fp16.parts)}, most={**wide.most, **masters(fp16.most)})
     assert fp16.parts["weights"] == bf16.parts["weights"]
+    assert fp16.parts["masters"] == pytest.approx(2 * bf16.parts["masters"], abs=512)
     summed = [planned(GPT2, dtype=dtype, accumulate=True).parts["gradients"] for dtype in ("fp16", "bf16")]
     assert summed[0] == pytest.approx(2 * summed[1], abs=512)
     assert fp32.parts["masters"] == pure.parts["masters"] == 0

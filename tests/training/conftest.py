@@ -13,12 +13,16 @@ from tokenizers import pre_tokenizers
 from fusedlm import LanguageModel
 from fusedlm.data.documents import find_sources
 from fusedlm.data.prepare import prepare
+from fusedlm.kernels import join_master
 from fusedlm.models import PRESETS, build_model
 from fusedlm.tokenizer.bpe import BPETokenizer
 from fusedlm.tokenizer.description import BPEDescription, added_token, bpe_document, byte_level
+from fusedlm.training.checkpoints import Checkpoints
 from fusedlm.training.config import RunConfig, make_config
 from fusedlm.training.metrics import Record
+from fusedlm.training.ranks import Ranks
 from fusedlm.training.run import train
+from fusedlm.training.saver import Saver, load_state
 from fusedlm.training.trainer import Result
 
 TINY: dict[str, dict[str, Any]] = {
@@ -28,6 +32,27 @@ TINY: dict[str, dict[str, Any]] = {
     "checkpoints": {"interval": 4},
     "log": {"interval": 1},
 }
+
+
+def make_masters_whole(folder: Path, step: int) -> None:
+    """Write a run's checkpoint anew as earlier versions did: with fp32 masters of bf16 parameters, rounded to even."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    checkpoints, ranks = Checkpoints(folder / "checkpoints", keep=9), Ranks(0, 1, torch.device("cpu"))
+    found = checkpoints.verify(step)
+    saved = FileSystemReader(found.folder).read_metadata().state_dict_metadata
+    state = {name: torch.empty(facts.size, dtype=facts.properties.dtype) for name, facts in saved.items()}  # type: ignore[union-attr]
+    load_state(found, state, ranks)
+    lows = [name for name in state if name.endswith(".master_low")]
+    assert lows
+    for name in lows:
+        whole = name.removesuffix("_low")
+        parameter = whole.replace("optimizer.", "model.", 1).removesuffix(".master")
+        state[whole] = join_master(state[parameter], state.pop(name))
+        state[parameter] = state[whole].bfloat16()
+    saver = Saver(checkpoints, ranks, run=found.manifest.run, model=found.manifest.model, asynchronous=False)
+    saver.save(step, state)
+    saver.close()
 
 
 @pytest.fixture(autouse=True)

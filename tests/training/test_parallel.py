@@ -11,6 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
+
+from fusedlm.models import build_model
+from fusedlm.training.saved import saved_model
 
 
 def torchrun(argument: str, script: str = "two_processes.py") -> subprocess.CompletedProcess[str]:
@@ -19,6 +23,7 @@ def torchrun(argument: str, script: str = "two_processes.py") -> subprocess.Comp
     return subprocess.run([*command, path, argument], capture_output=True, text=True, timeout=120)
 
 
+OPTIMIZERS = ("adamw", "muon")
 VARIANTS = {
     "stage 3": ["parallel.reshard_after_forward=true"],
     "stage 2": ["parallel.reshard_after_forward=false", "training.micro_batches=2"],
@@ -26,6 +31,11 @@ VARIANTS = {
     "muon, blocks": ["training.optimizer=muon", "training.recompute=blocks"],
     "lora": ["lora.rank=2", "parallel.reshard_after_forward=true"],
     "chats": ["data.documents=separate", "training.spike_sigmas=9"],
+}
+
+
+BF16 = {
+    f"bf16, {optimizer}": ["training.precision=bf16", f"training.optimizer={optimizer}"] for optimizer in OPTIMIZERS
 }
 
 
@@ -38,7 +48,7 @@ def two(dataset_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     sections = {**TINY, "data": {"sources": [str(dataset_folder)]}, "checkpoints": {"interval": 4, "keep": 2}}
     specs = [
         {"folder": str(folder / name), "overrides": overrides, "sections": sections}
-        for name, overrides in VARIANTS.items()
+        for name, overrides in {**VARIANTS, **BF16}.items()
     ]
     done = torchrun(json.dumps(specs))
     assert done.returncode == 0, done.stderr[-5000:]
@@ -60,6 +70,24 @@ def test_two_processes_are_one(two: Path, run: Callable[..., Any], name: str, tm
     manifest = json.loads((two / name / "checkpoints" / "step-00000008" / "manifest.json").read_text())
     assert manifest["world_size"] == 2
     assert {"__0_0.distcp", "__1_0.distcp", ".metadata"} <= manifest["files"].keys()
+
+
+@pytest.mark.parametrize("name", BF16)
+def test_masters_of_two_processes(two: Path, run: Callable[..., Any], name: str, tmp_path: Path) -> None:
+    """Their lower halves are sharded as parameters are; and one goes on with what two have saved."""
+    one, _ = run("one", *BF16[name])
+    assert told(two / name)["losses"] == pytest.approx(one.losses, abs=0.02)  # gradients are rounded to bf16
+    wide = [saved_model(folder, masters=True).model for folder in (tmp_path / "one", two / name)]
+    first = build_model(wide[0].config)
+    first.init_weights(torch.Generator().manual_seed(1337))
+    ours, theirs, begin = (nn.utils.parameters_to_vector(model.parameters()) for model in (*wide, first))
+    assert (ours - theirs).norm() < 0.2 * (ours - begin).norm()
+    assert (theirs == theirs.bfloat16()).double().mean() < 0.1
+    shutil.copytree(two / name, tmp_path / "two")
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-00000008")
+    resumed, _ = run("two", *BF16[name], resume=True)
+    assert resumed.began == [4]
+    assert resumed.losses == pytest.approx(told(two / name)["losses"][4:], abs=0.02)
 
 
 def test_weights_are_gathered_no_more_often_than_they_must(two: Path) -> None:
@@ -106,7 +134,7 @@ def test_two_hundred_steps(device: str, configure: Callable[..., Any], heard_of:
 def test_a_checkpoint_goes_on_with_another_number_of_processes(
     two: Path, run: Callable[..., Any], tmp_path: Path, dataset_folder: Path
 ) -> None:
-    from tests.training.conftest import TINY
+    from tests.training.conftest import TINY, make_masters_whole
 
     whole, _ = run("whole")
     shutil.copytree(two / "stage 3", tmp_path / "one")
@@ -121,12 +149,17 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(
     sections = {**TINY, "data": {"sources": [str(dataset_folder)]}}
     spec = {"folder": str(tmp_path / "two"), "overrides": [], "sections": sections, "resume": True}
     broken = {**spec, "overrides": ["training.seed=3"]}
+    narrow, _ = run("bf16", "training.precision=bf16")
+    shutil.rmtree(tmp_path / "bf16" / "checkpoints" / "step-00000008")
+    make_masters_whole(tmp_path / "bf16", 4)  # which two take apart
+    former = {**spec, "folder": str(tmp_path / "bf16"), "overrides": ["training.precision=bf16"]}
     lost = {"folder": str(tmp_path / "lost"), "sections": sections}
     lost["overrides"] = ["training.lr=1e30", "training.max_skipped=3"]  # the first update makes products overflow
-    done = torchrun(json.dumps([lost, spec, broken]))
+    done = torchrun(json.dumps([lost, spec, former, broken]))
     assert done.returncode != 0
     assert "was made with seed 1337, and the run has 3" in done.stderr
     assert told(tmp_path / "two")["losses"] == pytest.approx(whole.losses[4:], abs=2e-5)
+    assert told(tmp_path / "bf16")["losses"] == pytest.approx(narrow.losses[4:], abs=0.02)
     assert (tmp_path / "lost.error").read_text().startswith("step 4, micro-batch 1 of 1: the output of blocks.")
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "two"))
     assert all((tensor - theirs[key]).norm() <= 2e-3 * tensor.norm() + 1e-5 for key, tensor in ours.items())

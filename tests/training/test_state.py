@@ -21,6 +21,7 @@ from fusedlm.training.checkpoints import Checkpoints, StateError
 from fusedlm.training.metrics import read_metrics
 from fusedlm.training.ranks import Ranks
 from fusedlm.training.run import read_run
+from fusedlm.training.saved import saved_model
 from fusedlm.training.saver import Saver, load_state
 
 VARIANTS = {
@@ -30,6 +31,7 @@ VARIANTS = {
     "pure": ["training.precision=bf16-pure"],
     "fp16": ["training.precision=fp16"],
     "muon": ["training.optimizer=muon"],
+    "muon, bf16": ["training.optimizer=muon", "training.precision=bf16"],
     "shuffled, recomputed": ["data.order=shuffled", "training.recompute=blocks", "training.dropout=0.1"],
 }
 
@@ -55,6 +57,26 @@ def test_a_resumed_run_ends_with_the_same_bits(run: Callable[..., Any], name: st
         assert torch.equal(value, parts.trainer.state()[key]), key
     rows = [r.step for r in read_metrics(tmp_path / "other" / "metrics.csv") if r.loss is not None]
     assert rows == list(range(1, 9))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_checkpoint_with_masters_whole_goes_on(run: Callable[..., Any], optimizer: str, tmp_path: Path) -> None:
+    """As if they had been taken apart when it was written; also what is exported of it."""
+    from tests.training.conftest import make_masters_whole
+
+    settings = ["training.precision=bf16", f"training.optimizer={optimizer}"]
+    whole, _ = run("run", *settings)
+    (tmp_path / "run" / "checkpoints" / "step-00000008" / "manifest.json").unlink()
+    wide = saved_model(tmp_path / "run", step=4, masters=True).model
+    make_masters_whole(tmp_path / "run", 4)
+    again = saved_model(tmp_path / "run", step=4, masters=True).model
+    assert all(torch.equal(p, q) for p, q in zip(wide.parameters(), again.parameters(), strict=True))
+    parts, _ = run("run", *settings, resume=True)
+    assert parts.began == [4]
+    assert parts.losses == whole.losses[4:]
+    for key, value in whole.trainer.state().items():
+        assert torch.equal(value, parts.trainer.state()[key]), key
+    assert any(key.endswith("mlp.up.weight.master_low") for key in parts.trainer.state())
 
 
 def test_a_run_that_is_done_has_nothing_to_do(run: Callable[..., Any]) -> None:

@@ -15,7 +15,7 @@ def export(
         int | None, typer.Option(help="Of which checkpoint.", show_default="the last one that is good")
     ] = None,
     masters: Annotated[
-        bool, typer.Option("--masters", help="In float32: the optimizer's copies, where the run has them.")
+        bool, typer.Option("--masters", help="In float32: the optimizer's masters, where the run has them.")
     ] = False,
     offline: options.Offline = False,
     cache_dir: options.CacheDir = None,

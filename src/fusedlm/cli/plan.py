@@ -23,7 +23,7 @@ def plan(
     ] = None,
     context: Annotated[int | None, typer.Option(help="Tokens of each.", show_default="the model's")] = None,
     dtype: Annotated[str, typer.Option(help="fp32, tf32, bf16, fp16 or fp8.")] = "bf16",
-    masters: Annotated[bool, typer.Option(help="Keep fp32 copies of 16-bit weights.")] = True,
+    masters: Annotated[bool, typer.Option(help="Keep fp32 masters of 16-bit weights.")] = True,
     grad_dtype: Annotated[
         str, typer.Option(help="Of gradients: same (as the weights) or fp32; those of fp16 always are fp32.")
     ] = "same",

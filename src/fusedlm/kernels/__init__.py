@@ -7,7 +7,16 @@ from fusedlm.kernels._backend import backend
 from fusedlm.kernels._index_errors import raise_index_errors
 from fusedlm.kernels._philox import dropout_seed
 from fusedlm.kernels._tied import TiedGradient
-from fusedlm.kernels.adamw import AdamW, Workspace, adamw, global_norm
+from fusedlm.kernels.adamw import (
+    AdamW,
+    Workspace,
+    adamw,
+    global_norm,
+    join_master,
+    new_master,
+    set_master,
+    split_master,
+)
 from fusedlm.kernels.attention import attention, split_heads
 from fusedlm.kernels.cross_entropy import cross_entropy
 from fusedlm.kernels.dropout import dropout
@@ -60,17 +69,21 @@ __all__ = [
     "embedding",
     "gelu",
     "global_norm",
+    "join_master",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
     "mlp",
+    "new_master",
     "raise_index_errors",
     "rms_norm",
     "rope",
     "rotary_frequencies",
     "rotary_tables",
     "sample",
+    "set_master",
     "softmax",
     "split_heads",
+    "split_master",
     "swiglu",
 ]

@@ -21,12 +21,13 @@ class Training:
     batch: sequences that a GPU takes at once. context: tokens of each. dtype: fp32 and tf32 keep everything in fp32;
     bf16 and fp16 keep weights, gradients and activations in two bytes; fp8 is bf16 whose blocks' products have fp8
     inputs, kept so for the backward pass, and fp8 copies of their weights (an estimate: nothing here trains so).
-    masters: weights of two bytes have fp32 copies that the optimizer updates. grad_dtype: "same" as the weights', or
-    "fp32", which those of fp16 always are, for their scale is divided out. state_dtype: of AdamW's two moments, "fp32"
-    or "bf16". dropout: whether there is any. recompute: what is computed anew in the backward pass and not kept:
-    "none"; "cheap": outputs of norms, GELU and SwiGLU; "blocks": everything but the inputs of each block.
-    accumulate: gradients of one batch stay while the next is computed. gpus: weights, gradients, masters and moments
-    are divided among so many (FSDP). Raises ValueError for what cannot be.
+    masters: the optimizer updates fp32 masters of weights of two bytes. Beside weights of fp16 they are whole; beside
+    those of bf16 there are the two bytes that these lack. grad_dtype: "same" as the weights', or "fp32", which those of
+    fp16 always are, for their scale is divided out. state_dtype: of AdamW's two moments, "fp32" or "bf16". dropout:
+    whether there is any. recompute: what is computed anew in the backward pass and not kept: "none"; "cheap": outputs
+    of norms, GELU and SwiGLU; "blocks": everything but the inputs of each block. accumulate: gradients of one batch
+    stay while the next is computed. gpus: weights, gradients, masters and moments are divided among so many (FSDP).
+    Raises ValueError for what cannot be.
     """
 
     batch: int
@@ -66,6 +67,11 @@ class Training:
         return 4 if self.grad_dtype == "fp32" or self.dtype == "fp16" else self.width
 
     @property
+    def master_width(self) -> int:
+        """Bytes of a master that are kept beside its weight."""
+        return (4 if self.dtype == "fp16" else 2) if self.masters and self.width == 2 else 0
+
+    @property
     def tokens(self) -> int:
         """Tokens that a GPU takes at once."""
         return self.batch * self.context
@@ -100,7 +106,7 @@ def fixed_bytes(config: ModelConfig, training: Training) -> dict[str, int]:
         copies = config.n_layers * sum(N * K for N, K in (layer.qkv, layer.out, layer.up, layer.down))
     found = {
         "weights": n * training.width + copies,
-        "masters": n * 4 if training.masters and training.width == 2 else 0,
+        "masters": n * training.master_width,
         "optimizer": 2 * n * states,
     }
     return {part: -(-size // training.gpus) for part, size in found.items()}

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedlm.kernels import join_master, new_master, set_master
+from fusedlm.training.ranks import local
+
 # The quintic's coefficients (a, b, c) of Jordan et al.: a steep slope at 0 and values near 1 on all of (0, 1].
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -38,7 +41,7 @@ def orthogonalized(matrix: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon over matrices with names, by which it knows what is several in one.
 
-    master_weights: 16-bit parameters have fp32 copies that are updated in their place.
+    master_weights: 16-bit parameters have fp32 masters that are updated in their place, kept as `AdamW` keeps them.
     """
 
     def __init__(
@@ -57,8 +60,8 @@ class Muon(torch.optim.Optimizer):
         for p in self.param_groups[0]["params"]:
             state: dict[str, Any] = self.state[p]
             state["momentum"] = torch.zeros_like(p, dtype=torch.float32)
-            if master_weights and p.dtype in (torch.bfloat16, torch.float16):
-                state["master"] = p.detach().to(torch.float32, copy=True)
+            if master_weights:
+                state |= new_master(p)
 
     @torch.no_grad()
     def step(self, norm: Tensor) -> None:  # type: ignore[override]
@@ -73,10 +76,13 @@ class Muon(torch.optim.Optimizer):
             momentum: Tensor = state["momentum"]
             g = torch.where(finite, p.grad.float(), 0.0)
             momentum.mul_(torch.where(finite, group["momentum"], 1.0)).add_(g)
-            update = _update(name, g + group["momentum"] * momentum, momentum)
-            w = state.get("master", p)
+            update = local(_update(name, g + group["momentum"] * momentum, momentum))
+            p, low = local(p), state.get("master_low")
+            w = local(state.get("master", p)) if low is None else join_master(p, local(low))
             w.mul_(1 - lr * group["weight_decay"]).sub_((lr * update).to(w.dtype))
-            if w is not p:
+            if low is not None:
+                set_master(p, low, w)
+            elif w is not p:
                 p.copy_(w)
 
 

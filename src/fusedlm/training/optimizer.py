@@ -6,11 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusedlm.kernels import AdamW, Workspace, global_norm
+from fusedlm.kernels import AdamW, Workspace, global_norm, new_master
 from fusedlm.training.config import TrainingConfig
 from fusedlm.training.muon import Muon, is_for_muon
-
-NARROW = (torch.bfloat16, torch.float16)
 
 
 class Optimizer:
@@ -108,17 +106,9 @@ class Optimizer:
             for key in ("exp_avg", "exp_avg_sq"):
                 state[key] = torch.zeros_like(p, dtype=state_dtype, memory_format=torch.preserve_format)
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-            if p.dtype in NARROW and not pure:
-                state["master"] = p.detach().to(torch.float32, copy=True)
+            if not pure:
+                state |= new_master(p)
         self.adamw.skipped = torch.zeros((), dtype=torch.int64, device=self.lr.device)
-
-    @torch.no_grad()
-    def copy_to_masters(self) -> None:
-        """Parameters have been written from outside: their fp32 copies follow."""
-        for optimizer in (self.adamw, self.muon):
-            for p, state in optimizer.state.items() if optimizer is not None else ():
-                if "master" in state:
-                    state["master"].copy_(p)
 
 
 def parameter_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[dict[str, Any]]:

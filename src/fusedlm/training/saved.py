@@ -11,6 +11,7 @@ from torch import Tensor
 from fusedlm.checkpoint.config import config_from_huggingface
 from fusedlm.data.dataset import Dataset
 from fusedlm.data.loader import Evaluation
+from fusedlm.kernels import join_master, new_master
 from fusedlm.models import DecoderModel, build_model
 from fusedlm.tokenizer.interface import Tokenizer
 from fusedlm.training.checkpoints import Checkpoints, StateError
@@ -44,7 +45,7 @@ def saved_model(
 ) -> SavedModel:
     """The model of a run's checkpoint, the last good one or that of a step, on the CPU, LoRA merged.
 
-    masters: the optimizer's fp32 weights in place of 16-bit ones. warn: is told of checkpoints that are damaged.
+    masters: the optimizer's fp32 masters in place of 16-bit weights. warn: is told of checkpoints that are damaged.
     Raises ValueError where there is no run, StateError where there is no such checkpoint.
     """
     config = read_run(folder)
@@ -57,17 +58,21 @@ def saved_model(
     model = _skeleton(config, dataset, found.manifest.model, offline, cache_dir)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     state: dict[str, Tensor] = {f"model.{name}": p.detach() for name, p in trained.items()}
+    if masters and config.training.precision != "bf16-pure":
+        for name, p in trained.items():
+            state |= {f"optimizer.{name}.{key}": t for key, t in new_master(p).items()}
     load_state(found, state, ranks)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
-    narrow = [name for name, p in trained.items() if p.dtype in (torch.bfloat16, torch.float16)]
-    if masters and narrow and config.training.precision != "bf16-pure":
-        wide = {f"optimizer.{name}.master": torch.empty_like(parameters[name], dtype=torch.float32) for name in narrow}
-        load_state(found, wide, ranks)
-        parameters |= {name: wide[f"optimizer.{name}.master"] for name in narrow}
     if masters:
-        parameters = {name: value.float() for name, value in parameters.items()}
+        parameters = {name: _master(name, p, state) for name, p in parameters.items()}
     whole = model_of(model.config, merged(parameters, config.lora))
     return SavedModel(whole, dataset.tokenizer(), found.manifest.step)
+
+
+def _master(name: str, p: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """A parameter in fp32: its master, where the state has one."""
+    low = state.get(f"optimizer.{name}.master_low")
+    return state.get(f"optimizer.{name}.master", p).float() if low is None else join_master(p, low)
 
 
 def _skeleton(

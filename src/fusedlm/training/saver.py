@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedlm.kernels import set_master
 from fusedlm.training.checkpoints import Checkpoints, FileFacts, SavedCheckpoint, StateError, facts_of
 from fusedlm.training.ranks import Ranks, local
 
@@ -128,14 +129,24 @@ class Saver:
 
 
 def load_state(checkpoint: SavedCheckpoint, state: State, ranks: Ranks) -> None:
-    """Write a checkpoint into the tensors of a state, on any number of ranks. Raises StateError if it does not fit."""
+    """Write a checkpoint into the tensors of a state, on any number of ranks. Raises StateError if it does not fit.
+
+    Where the checkpoint has masters of bf16 parameters whole, as earlier versions wrote them, they are taken apart.
+    """
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
     reader = FileSystemReader(checkpoint.folder)
     try:
         saved = reader.read_metadata().state_dict_metadata
-        for name, tensor in state.items():
+        whole = {
+            name: torch.empty_like(low, dtype=torch.float32)
+            for name, low in state.items()
+            if name.endswith(".master_low") and name not in saved and name.removesuffix("_low") in saved
+        }
+        wanted = {name: tensor for name, tensor in state.items() if name not in whole}
+        wanted |= {name.removesuffix("_low"): master for name, master in whole.items()}
+        for name, tensor in wanted.items():
             found = getattr(saved.get(name), "size", None)
             if found is None:
                 raise StateError(f"{checkpoint.folder} has no {name}; it is of a run with other settings")
@@ -145,7 +156,10 @@ def load_state(checkpoint: SavedCheckpoint, state: State, ranks: Ranks) -> None:
                     "another model"
                 )
         with _plain_errors():
-            load(dict(state), storage_reader=reader, process_group=ranks.control, no_dist=ranks.size == 1)
+            load(wanted, storage_reader=reader, process_group=ranks.control, no_dist=ranks.size == 1)
+        for name, master in whole.items():
+            parameter = name.removeprefix("optimizer.").removesuffix(".master_low")
+            set_master(state[f"model.{parameter}"], state[name], master)
     except (OSError, RuntimeError, EOFError) as error:
         raise StateError(f"{checkpoint.folder} cannot be read: {error}") from error
 

@@ -15,13 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedlm.kernels.adamw.masters import join_master, new_master, set_master, split_master
 from fusedlm.kernels.adamw.norm import global_norm, global_norm_ref
 from fusedlm.kernels.adamw.optimizer import AdamW
 from fusedlm.kernels.adamw.shards import local, sums_of
 from fusedlm.kernels.adamw.step import Clip, Hyper, Tensors, adamw_ref, take_step
 from fusedlm.kernels.adamw.workspace import Workspace
 
-__all__ = ["AdamW", "Workspace", "adamw", "adamw_ref", "global_norm", "global_norm_ref"]
+__all__ = [
+    "AdamW",
+    "Workspace",
+    "adamw",
+    "adamw_ref",
+    "global_norm",
+    "global_norm_ref",
+    "join_master",
+    "new_master",
+    "set_master",
+    "split_master",
+]
 
 
 @torch.no_grad()
@@ -47,8 +59,9 @@ def adamw(
     """One step of AdamW (Loshchilov and Hutter 2019, algorithm 2), in place, over all tensors in few launches.
 
     params, exp_avgs, exp_avg_sqs: float32, bfloat16 or float16 (on a CPU float64 too), without gaps in memory; grads:
-    the same dtypes, any strides; masters: None, or for each parameter its float32 copy, which is then what is updated
-    and rounded to the parameter, or None. All of one device; of DTensors, this process's shards.
+    the same dtypes, any strides; masters: None, or for each parameter None or what is updated in its place and rounded
+    to it: a float32 copy, or of a bfloat16 parameter the int16 that makes it float32 (see `split_master`). All of one
+    device; of DTensors, this process's shards.
     step: steps done so far, one element of float32, one for all or one for each; advanced on the device. lr: a number,
     or one element on the device or the CPU. maximize: go up instead of down.
     max_norm: scale gradients as `torch.nn.utils.clip_grad_norm_` does; they are not written to. total_norm: their norm

@@ -12,6 +12,7 @@ from fusedlm.kernels._backend import interpreting
 from fusedlm.kernels._triton import tl, triton
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+MASTERS = {torch.float32: "fp32", torch.int16: "int16"}
 
 
 @triton.jit
@@ -21,6 +22,8 @@ def _at(address, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
         pointer = address.to(tl.pointer_type(tl.float32)) + start
     elif DTYPE == "bf16":
         pointer = address.to(tl.pointer_type(tl.bfloat16)) + start
+    elif DTYPE == "int16":
+        pointer = address.to(tl.pointer_type(tl.int16)) + start
     else:
         pointer = address.to(tl.pointer_type(tl.float16)) + start
     if ALIGNED:
@@ -117,6 +120,23 @@ def prepare_kernel(
 
 
 @triton.jit
+def _join(p, low):
+    # `join_master`, of the bits of a bf16 parameter.
+    high = p.to(tl.int32) << 16
+    bits = tl.where(((high & 0x7FFFFFFF) == 0) & (low < 0), high, high + low)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _split(w):
+    # `split_master`, the parameter as its bits.
+    bits = w.to(tl.int32, bitcast=True)
+    high = (bits + 0x8000) >> 16
+    low = bits - (high << 16)
+    return tl.where(w == w, high, 0x7FC0).to(tl.int16), tl.where(w == w, low, 0).to(tl.int16)
+
+
+@triton.jit
 def update_kernel(
     table_ptr,
     addresses_ptr,
@@ -126,7 +146,7 @@ def update_kernel(
     GRAD: tl.constexpr,
     EXP_AVG: tl.constexpr,
     EXP_AVG_SQ: tl.constexpr,
-    HAS_MASTER: tl.constexpr,
+    MASTER: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -140,13 +160,18 @@ def update_kernel(
         left = tl.multiple_of(left, 16)
     at = tl.arange(0, BLOCK_N)
     mask = at < left
-    p_ptr = _at(tl.load(table_ptr + i * 8), start, PARAM, ALIGNED) + at
+    # Beside an int16 master the parameter, of bf16, is read and written as bits.
+    p_ptr = _at(tl.load(table_ptr + i * 8), start, "int16" if MASTER == "int16" else PARAM, ALIGNED) + at
     m_ptr = _at(tl.load(table_ptr + i * 8 + 1), start, EXP_AVG, ALIGNED) + at
     v_ptr = _at(tl.load(table_ptr + i * 8 + 2), start, EXP_AVG_SQ, ALIGNED) + at
     g_ptr = _at(tl.load(addresses_ptr + i), start, GRAD, ALIGNED) + at
-    w_ptr = _at(tl.load(table_ptr + i * 8 + 3), start, "fp32", ALIGNED) + at if HAS_MASTER else p_ptr
+    w_ptr = _at(tl.load(table_ptr + i * 8 + 3), start, MASTER, ALIGNED) + at if MASTER != "none" else p_ptr
     g = tl.load(g_ptr, mask=mask, other=0.0).to(tl.float32) * tl.load(c_ptr)
-    w = tl.load(w_ptr, mask=mask, other=0.0).to(tl.float32) * tl.load(c_ptr + 1)
+    if MASTER == "int16":
+        w = _join(tl.load(p_ptr, mask=mask, other=0), tl.load(w_ptr, mask=mask, other=0))
+    else:
+        w = tl.load(w_ptr, mask=mask, other=0.0).to(tl.float32)
+    w *= tl.load(c_ptr + 1)
     m = tl.load(m_ptr, mask=mask, other=0.0).to(tl.float32)
     v = tl.load(v_ptr, mask=mask, other=0.0).to(tl.float32)
     m += tl.load(c_ptr + 2) * (g - m)
@@ -154,9 +179,14 @@ def update_kernel(
     w -= tl.load(c_ptr + 4) * m / (tl.sqrt(v) + tl.load(c_ptr + 5))
     tl.store(m_ptr, m.to(m_ptr.dtype.element_ty), mask=mask)
     tl.store(v_ptr, v.to(v_ptr.dtype.element_ty), mask=mask)
-    tl.store(p_ptr, w.to(p_ptr.dtype.element_ty), mask=mask)
-    if HAS_MASTER:
-        tl.store(w_ptr, w, mask=mask)
+    if MASTER == "int16":
+        p, low = _split(w)
+        tl.store(p_ptr, p, mask=mask)
+        tl.store(w_ptr, low, mask=mask)
+    else:
+        tl.store(p_ptr, w.to(p_ptr.dtype.element_ty), mask=mask)
+        if MASTER == "fp32":
+            tl.store(w_ptr, w, mask=mask)
 
 
 @functools.cache

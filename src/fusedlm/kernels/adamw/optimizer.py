@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedlm.kernels.adamw.masters import new_master, set_master
 from fusedlm.kernels.adamw.shards import local, sums_of
 from fusedlm.kernels.adamw.step import Clip, Hyper, Tensors, take_step
 from fusedlm.kernels.adamw.workspace import Workspace
@@ -22,8 +23,9 @@ class AdamW(torch.optim.Optimizer):
     max_norm: clip gradients by their global norm over all groups, without writing to them; `total_norm` is then that
     of the last step, a scalar on the device. skip_nonfinite: where the norm is infinite or NaN, change nothing and
     count the step in `skipped`, on the device.
-    master_weights: a parameter narrower than float32 gets a float32 copy, state "master", that is updated in its place
-    and rounded to it. state_dtype: of exp_avg and exp_avg_sq.
+    master_weights: what is updated is a float32 master of a parameter that is narrower, and the parameter its rounding.
+    Of bfloat16 the state "master_low" holds what the parameter lacks of it, 2 bytes (see `split_master`); of float16
+    the state "master" holds all. state_dtype: of exp_avg and exp_avg_sq.
 
     The state is torch's (exp_avg, exp_avg_sq, step), so state dicts go both ways. DTensors keep DTensors as their
     state. To capture a step in a CUDA graph, take one before; the optimizer must live as long as the graph.
@@ -89,18 +91,28 @@ class AdamW(torch.optim.Optimizer):
         self.__dict__.setdefault("_workspace", Workspace())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state of an AdamW, this one or torch's. Raises ValueError where it does not fit."""
+        """Take the state of an AdamW, this one or torch's. Raises ValueError where it does not fit.
+
+        A "master" of a bfloat16 parameter, as earlier versions kept it, is taken apart: its rounding is written into
+        the parameter.
+        """
         for group in state_dict["param_groups"]:
             _hyper(group)
         super().load_state_dict(state_dict)
         # torch casts states to the dtype of their parameter, and leaves steps on the CPU; here they have their own.
         dtypes = {"exp_avg": self.state_dtype, "exp_avg_sq": self.state_dtype}
-        dtypes |= {"master": torch.float32, "step": torch.float32}
+        dtypes |= {"master": torch.float32, "master_low": torch.int16, "step": torch.float32}
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
         for number, p in zip(saved, (p for group in self.param_groups for p in group["params"]), strict=True):
             for name, value in state_dict["state"].get(number, {}).items():
                 if name in dtypes:
                     self.state[p][name] = torch.as_tensor(value).to(p.device, dtypes[name])
+            state = self.state.get(p, {})
+            if p.dtype != torch.bfloat16:
+                state.pop("master_low", None)
+            elif (master := state.pop("master", None)) is not None and self.master_weights:
+                state |= new_master(p)
+                set_master(p, state["master_low"], master)
 
     def _complete_state(self, p: Tensor) -> None:
         """Make what is missing of a parameter's state. Raises ValueError while a CUDA graph is captured."""
@@ -112,8 +124,8 @@ class AdamW(torch.optim.Optimizer):
                 state[name] = torch.zeros_like(p, dtype=self.state_dtype, memory_format=torch.preserve_format)
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-        if "master" not in state and self.master_weights and p.dtype in _NARROW:
-            state["master"] = p.detach().to(torch.float32, copy=True)
+        if self.master_weights:
+            state |= {name: t for name, t in new_master(p).items() if name not in state}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -136,7 +148,7 @@ class AdamW(torch.optim.Optimizer):
         for p, state in zip(params, states, strict=True):
             if len(state) < (4 if p.dtype in narrow else 3):
                 self._complete_state(p)
-        masters = [s.get("master") for s in states] if self.master_weights else [None] * len(params)
+        masters = [s.get("master_low", s.get("master")) if self.master_weights else None for s in states]
         tensors = Tensors(
             local(params),
             local(grads),

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fusedlm.kernels._backend import use_triton
 from fusedlm.kernels._launch import launch
-from fusedlm.kernels.adamw.kernels import DTYPES, config, prepare_kernel, update_kernel
+from fusedlm.kernels.adamw.kernels import DTYPES, MASTERS, config, prepare_kernel, update_kernel
+from fusedlm.kernels.adamw.masters import join_master, set_master
 from fusedlm.kernels.adamw.norm import norm_by_kernels, norm_by_torch
 from fusedlm.kernels.adamw.shards import Sums
 from fusedlm.kernels.adamw.workspace import Kinds, Launch, Workspace, chunk_table, dense, kinds, own_workspace, pointers
@@ -37,13 +38,17 @@ def adamw_ref(
         s += 1
     for p, g, m, v, w, s in zip(params, grads, exp_avgs, exp_avg_sqs, masters or params, steps, strict=True):
         wide, t = torch.promote_types(p.dtype, torch.float32), s.double().reshape(())
-        g, x = clip * g.to(wide), (p if w is None else w).to(wide)
+        low = w is not None and w.dtype == torch.int16
+        g, x = clip * g.to(wide), join_master(p, w) if low else (p if w is None else w).to(wide)
         m.copy_(new_m := betas[0] * m.to(wide) + (1 - betas[0]) * g)
         v.copy_(new_v := betas[1] * v.to(wide) + (1 - betas[1]) * g * g)
         root = new_v.sqrt() / (1 - betas[1] ** t).sqrt() + eps
         x = x * (1 - lr * weight_decay) - lr / (1 - betas[0] ** t) * (new_m / root)
-        for out in (p,) if w is None else (p, w):
-            out.copy_(x)
+        if low:
+            set_master(p, w, x)
+        else:
+            for out in (p,) if w is None else (p, w):
+                out.copy_(x)
 
 
 @dataclass(frozen=True)
@@ -141,9 +146,10 @@ class Tensors:
                 what = f"{tuple(s.shape)} {s.dtype} on {s.device}"
                 raise ValueError(f"step {i} is {what}; expected one element of torch.float32 on {device}")
         for name, listed in self._named():
-            allowed = [torch.float32] if name == "masters" else list(DTYPES)
-            allowed += [] if kernels else [torch.float64]
             for i, (t, p) in enumerate(zip(listed, self.params, strict=True)):
+                allowed = [torch.float32] if name == "masters" else list(DTYPES)
+                allowed += [torch.int16] if name == "masters" and p.dtype == torch.bfloat16 else []
+                allowed += [] if kernels else [torch.float64]
                 if t is None:
                     continue
                 if t.shape != p.shape:
@@ -201,9 +207,10 @@ def _plan(t: Tensors, written: list[list[int]], steps: list[int], read: Kinds, w
         if size:
             param, exp_avg, exp_avg_sq = (DTYPES[x[i].dtype] for x in (t.params, t.exp_avgs, t.exp_avg_sqs))
             aligned = not (size | offset) & 15 and not any(column[i] & 15 for column in written)
-            combination = (param, DTYPES[grad], exp_avg, exp_avg_sq, t.masters[i] is not None, aligned)
+            master = "none" if (w := t.masters[i]) is None else MASTERS[w.dtype]
+            combination = (param, DTYPES[grad], exp_avg, exp_avg_sq, master, aligned)
             members.setdefault(combination, []).append(i)
-    names = ("PARAM", "GRAD", "EXP_AVG", "EXP_AVG_SQ", "HAS_MASTER", "ALIGNED")
+    names = ("PARAM", "GRAD", "EXP_AVG", "EXP_AVG_SQ", "MASTER", "ALIGNED")
     launches = []
     for combination, chosen in members.items():
         constants: dict[str, Any] = {**dict(zip(names, combination, strict=True)), **config("update")}

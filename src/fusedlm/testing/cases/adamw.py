@@ -1,11 +1,11 @@
-"""AdamW, with and without clipping."""
+"""AdamW, with and without clipping, and of bf16 parameters whose masters are in two halves."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedlm.kernels.adamw import Workspace, adamw, adamw_ref, global_norm_ref
+from fusedlm.kernels.adamw import Workspace, adamw, adamw_ref, global_norm_ref, join_master, split_master
 from fusedlm.testing.contract import Inputs, OpCase, Shape, randn
 
 # GPT-2 124M as it is trained: 148 tensors, the output shares the embedding's.
@@ -60,6 +60,40 @@ def _reference(step: Tensor, max_norm: float | None, workspace: Workspace, **ten
     return _outputs(lists, step)
 
 
+def _halves(shape: Shape, g: torch.Generator | None) -> Inputs:
+    """With each parameter's bits and the lower half of its master, which no dtype under test is to change."""
+    inputs = _inputs(shape, g)
+    for i in range(len(shape["sizes"])):
+        p, inputs[f"low{i}"] = split_master(inputs.pop(f"param{i}").float())
+        inputs[f"bits{i}"] = p.view(torch.int16)
+    return inputs
+
+
+def _joined(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """With masters as the parameters."""
+    count = sum(name.startswith("bits") for name in tensors)
+    masters = [join_master(tensors[f"bits{i}"].view(torch.bfloat16), tensors[f"low{i}"]) for i in range(count)]
+    return {**tensors, **{f"param{i}": w.to(dtype) for i, w in enumerate(masters)}}
+
+
+def _op_of_halves(step: Tensor, max_norm: float | None, workspace: Workspace, **tensors: Tensor) -> tuple[Tensor, ...]:
+    lists, step = _copied(_lists(_joined(tensors, torch.float32))), step.clone()
+    halves = [split_master(w) for w in lists.pop("params")]
+    params, lows = [p for p, _ in halves], [low for _, low in halves]
+    for name in ("exp_avgs", "exp_avg_sqs"):
+        lists[name] = [t.contiguous() for t in lists[name]]  # as the bits are, whatever strides the contract gives
+    adamw(params, **lists, masters=lows, step=step, lr=0.01, max_norm=max_norm, workspace=workspace, **_HYPER)  # type: ignore[arg-type]
+    masters = [join_master(p, low) for p, low in zip(params, lows, strict=True)]
+    return _outputs({**lists, "params": masters}, step)
+
+
+def _reference_of_halves(
+    step: Tensor, max_norm: float | None, workspace: Workspace, **tensors: Tensor
+) -> tuple[Tensor, ...]:
+    dtype = torch.promote_types(tensors["grad0"].dtype, torch.float32)
+    return _reference(step, max_norm, workspace, **_joined(tensors, dtype))
+
+
 def _elements(shape: Shape) -> int:
     return sum(int(torch.Size(size).numel()) for size in shape["sizes"])
 
@@ -80,6 +114,18 @@ CASES = (
         bench=({"sizes": GPT2, "step": 0, "max_norm": None}, {"sizes": GPT2, "step": 0, "max_norm": 1.0}),
         bench_dtype=torch.float32,
         timed=_in_place,
+        empty={"sizes": ((0, 16),), "step": 0, "max_norm": 1.0},
+    ),
+    OpCase(
+        name="adamw_halves",
+        op=_op_of_halves,
+        reference=_reference_of_halves,
+        inputs=_halves,
+        fixed=("step", *(f"{name}{i}" for name in ("exp_avg", "exp_avg_sq") for i in range(3))),
+        shapes=(
+            {"sizes": ((5, 48), (131,), (1,)), "step": 0, "max_norm": 1.0},
+            {"sizes": ((3, 123), (64,)), "step": 999, "max_norm": None},
+        ),
         empty={"sizes": ((0, 16),), "step": 0, "max_norm": 1.0},
     ),
 )
