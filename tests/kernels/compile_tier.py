@@ -31,7 +31,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from fusedlm.kernels import backend
 from fusedlm.kernels._launch import Launch, record_launches
 from fusedlm.testing.cases import CASES
-from fusedlm.testing.contract import OpCase, Shape
+from fusedlm.testing.contract import OpCase, Shape, deterministic_algorithms
 
 # Shared memory a program may take, in bytes.
 SHARED_LIMITS = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -129,7 +129,11 @@ def compile_case(case: OpCase, *, dtypes: tuple[torch.dtype, ...] = (torch.bfloa
     # The smallest, the middle and the largest of many; all where products and so widths decide.
     shapes = case.bench if case.flops else case.bench[:: max(1, len(case.bench) // 2)]
     for shape, dtype, capability in itertools.product(shapes, dtypes, SHARED_LIMITS):
-        for launch in _launches(case, shape, dtype, capability):
+        launches = _launches(case, shape, dtype, capability)
+        if not case.deterministic:
+            with deterministic_algorithms():
+                launches += _launches(case, shape, dtype, capability)
+        for launch in launches:
             types = tuple(a.dtype if isinstance(a, Tensor) else type(a) for a in launch.arguments)
             key = (launch.kernel, capability, types, tuple(launch.constants.items()))
             if key in seen:
