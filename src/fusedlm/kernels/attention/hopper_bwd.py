@@ -78,14 +78,15 @@ def _differentiate(
         dk, dv, weights, ds = hopper.warpgroup_mma_wait(0, deps=(dk, dv, weights, ds))
         hopper.mbarrier.arrive(empty.index(slot))
     v_tiles.index(W).store(dv.to(dtype))
+    hopper.fence_async_shared()
+    v_tile = v_tiles.index(W).reshape(dv_desc.block_type.shape)
+    tma_store(dv_desc, [b, g, start, 0], v_tile)
     # The third group reads K until it has emptied the last dS. With no queries at all there was none to wait for.
     last = count * group + DS_STAGES - 1
     hopper.mbarrier.wait(ds_empty.index(last % DS_STAGES), last // DS_STAGES & 1 ^ 1)
     k_tiles.index(W).store((dk * scale).to(dtype))
     hopper.fence_async_shared()
     k_tile = k_tiles.index(W).reshape(dk_desc.block_type.shape)
-    v_tile = v_tiles.index(W).reshape(dv_desc.block_type.shape)
-    tma_store(dv_desc, [b, g, start, 0], v_tile)
     tma_store(dk_desc, [b, g, start, 0], k_tile)
     hopper.tma.store_wait(0)
 
