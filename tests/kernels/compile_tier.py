@@ -84,7 +84,12 @@ def _launches(case: OpCase, shape: Shape, dtype: torch.dtype, capability: int = 
             result = case.op(**inputs)
             outputs = [o for o in (result if isinstance(result, tuple) else (result,)) if o.requires_grad]
             if outputs:
-                torch.autograd.backward(outputs, [torch.empty_like(o) for o in outputs])
+                torch.autograd.backward(
+                    outputs, [torch.empty_like(o) for o in outputs], retain_graph=not case.deterministic
+                )
+            if outputs and not case.deterministic:  # other kernels give the same bits at each call
+                with deterministic_algorithms():
+                    torch.autograd.backward(outputs, [torch.empty_like(o) for o in outputs])
         return launches
 
 

@@ -216,7 +216,7 @@ def attention(
     generator.
     Returns (B, H, T, D) in q's dtype, (B, T, H, D) in memory. The backward pass gives the same bits at each call, but
     for the gradient of q on a Hopper GPU with a D up to 64, in 16 bits, without packed sequences and dropout: there
-    only under torch.use_deterministic_algorithms, which takes slower kernels.
+    only under torch.use_deterministic_algorithms, which takes other kernels.
     Raises ValueError for what does not fit.
     """
     _check(q, k, v)
