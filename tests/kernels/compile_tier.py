@@ -134,11 +134,7 @@ def compile_case(case: OpCase, *, dtypes: tuple[torch.dtype, ...] = (torch.bfloa
     # The smallest, the middle and the largest of many; all where products and so widths decide.
     shapes = case.bench if case.flops else case.bench[:: max(1, len(case.bench) // 2)]
     for shape, dtype, capability in itertools.product(shapes, dtypes, SHARED_LIMITS):
-        launches = _launches(case, shape, dtype, capability)
-        if not case.deterministic:
-            with deterministic_algorithms():
-                launches += _launches(case, shape, dtype, capability)
-        for launch in launches:
+        for launch in _launches(case, shape, dtype, capability):
             types = tuple(a.dtype if isinstance(a, Tensor) else type(a) for a in launch.arguments)
             key = (launch.kernel, capability, types, tuple(launch.constants.items()))
             if key in seen:
