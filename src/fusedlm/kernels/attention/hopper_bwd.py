@@ -47,18 +47,21 @@ def _differentiate(
     k = k_tiles.index(W)
     v = v_tiles.index(W)
     scale2 = scale * 1.4426950408889634
-    for i in range(count * group):
+    total = count * group
+    # Scores are asked for one block early, behind dK: so the tensor core goes from one to the other, and dP is computed
+    # while the exponentials are. They are waited for in the same iteration, as ptxas wants it of what a loop carries.
+    hopper.mbarrier.wait(q_full.index(0), 0, pred=total > 0)
+    s = hopper.warpgroup_mma(k, q_tiles.index(0).permute((1, 0)), none, use_acc=False, is_async=True)
+    s = hopper.warpgroup_mma_wait(0, deps=(s,))
+    for i in range(total):
         slot = i % STAGES
         phase = i // STAGES & 1
         begin = first + i % count * BLOCK_M
         q = q_tiles.index(slot)
         do = do_tiles.index(slot)
-        hopper.mbarrier.wait(q_full.index(slot), phase)
         lse = lse_rows.index(slot).load(gl.SliceLayout(0, S_LAYOUT))
-        s = hopper.warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
         hopper.mbarrier.wait(do_full.index(slot), phase)
         dp = hopper.warpgroup_mma(v, do.permute((1, 0)), none, use_acc=False, is_async=True)
-        s = hopper.warpgroup_mma_wait(1, deps=(s,))
         p = gl.exp2(s * scale2 - lse[None, :])
         if begin < whole:
             m = begin + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, S_LAYOUT))
@@ -70,19 +73,23 @@ def _differentiate(
         narrow = (p * (dp - delta[None, :])).to(dtype)
         ds = gl.convert_layout(narrow, P_LAYOUT)
         dk = hopper.warpgroup_mma(ds, q, dk, is_async=True)
+        # Of a block that does not exist, any memory will do: nobody looks at the product.
+        then = (i + 1) % STAGES
+        hopper.mbarrier.wait(q_full.index(then), (i + 1) // STAGES & 1, pred=i + 1 < total)
+        s = hopper.warpgroup_mma(k, q_tiles.index(then).permute((1, 0)), none, use_acc=False, is_async=True)
         at = i % DS_STAGES
         hopper.mbarrier.wait(ds_empty.index(at), i // DS_STAGES & 1 ^ 1)
         ds_tiles.index(2 * at + W).store(narrow)
         hopper.fence_async_shared()
         hopper.mbarrier.arrive(ds_full.index(at))
-        dk, dv, weights, ds = hopper.warpgroup_mma_wait(0, deps=(dk, dv, weights, ds))
+        dk, dv, weights, ds, s = hopper.warpgroup_mma_wait(0, deps=(dk, dv, weights, ds, s))
         hopper.mbarrier.arrive(empty.index(slot))
     v_tiles.index(W).store(dv.to(dtype))
     hopper.fence_async_shared()
     v_tile = v_tiles.index(W).reshape(dv_desc.block_type.shape)
     tma_store(dv_desc, [b, g, start, 0], v_tile)
     # The third group reads K until it has emptied the last dS. With no queries at all there was none to wait for.
-    last = count * group + DS_STAGES - 1
+    last = total + DS_STAGES - 1
     hopper.mbarrier.wait(ds_empty.index(last % DS_STAGES), last // DS_STAGES & 1 ^ 1)
     k_tiles.index(W).store((dk * scale).to(dtype))
     hopper.fence_async_shared()
