@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from fusedlm.kernels import attention, backend
+from fusedlm.kernels._launch import record_launches
 from fusedlm.kernels.attention import torch_attention
+from fusedlm.kernels.attention.launches import Setting, _hopper_config, begin_sums, end_sums
+from fusedlm.testing.contract import deterministic_algorithms, poisoned_memory
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
@@ -247,3 +250,44 @@ def test_small_integers_are_exact_but_for_the_last_rounding(D: int, causal: bool
     with backend("triton"):
         y = attention(*on_device, causal=causal, scale=math.log(2))
     torch.testing.assert_close(y.double().cpu(), truth, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize(("T", "D"), [(37, 40), (16, 64), (1, 24)])
+def test_what_comes_before_and_after_the_fused_backward_pass(T: int, D: int) -> None:
+    """delta and zeros before; after it the sums, scaled and rounded, side by side with other gradients."""
+    B, H = 2, 3
+    wide = _random(B, T, H + 1, D).half()
+    do = wide.transpose(1, 2)[:, 1:]
+    o = _random(B, T, H, D, seed=1).half().transpose(1, 2)
+    with poisoned_memory():
+        delta, sums = begin_sums(o, do)
+    _close(delta, (o.double() * do.double()).sum(-1).cpu())
+    assert sums.shape == o.shape
+    assert torch.equal(sums, torch.zeros_like(sums))
+    sums.copy_(_random(B, H, T, D, seed=2))
+    whole = torch.full((B, T, 2 * H, D), math.nan, device=DEVICE, dtype=torch.float16)
+    dq = whole.transpose(1, 2)[:, H:]
+    end_sums(sums, 0.3, dq)
+    torch.testing.assert_close(dq, (sums * 0.3).half(), rtol=0, atol=0)
+    assert whole[:, :, :H].isnan().all()
+
+
+def test_which_backward_pass_serves_on_hopper() -> None:
+    """The fused one, where its sums may be in any order and it knows what is asked."""
+
+    def fused(D: int = 64, gpu: int = 90, dtype: torch.dtype = torch.bfloat16, **options: Any) -> bool:
+        q, k = (torch.empty(2, heads, 40, D, device="meta", dtype=dtype) for heads in (4, 2))
+        setting = {"offset": None, "cu_seqlens": None, "seed": None, "p": 0.0, "causal": True} | options
+        with record_launches(gpu):
+            return _hopper_config("bwd", q, k, Setting(**setting, start=0, scale=1.0, stream=0)) is not None
+
+    assert fused()
+    assert fused(40, dtype=torch.float16, causal=False)
+    with deterministic_algorithms():
+        assert not fused()
+    assert not fused(128)
+    assert not fused(44)
+    assert not fused(gpu=80)
+    assert not fused(dtype=torch.float32)
+    assert not fused(seed=torch.zeros(1), p=0.1)
+    assert not fused(cu_seqlens=torch.zeros(2))

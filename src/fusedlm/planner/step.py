@@ -62,6 +62,9 @@ class _Step:
         self.M, self.e, self.g = training.tokens, training.width, training.gradient_width
         self.fp8 = training.dtype == "fp8"
         self.sharded = training.gpus > 1
+        # Whether attention's backward pass is one kernel: see `_hopper_config` of kernels/attention/launches.py.
+        narrow = 32 < config.head_dim <= 64 and config.head_dim % 8 == 0
+        self.in_one = not training.dropout and self.e == 2 and gpu.capability == (9, 0) and narrow
         self.whole: list[Held] = []  # gradients that are not divided yet
 
         element = self.M * self.e
@@ -74,6 +77,7 @@ class _Step:
         self.act = element * config.mlp_width  # (M, F)
         self.delta = self.M * 4 * config.n_heads
         self.lse = self.delta * (2 if self.e > 2 else 1)
+        self.dq = self.M * 4 * config.n_heads * config.head_dim  # its sums in fp32
         self.stats = self.M * 4 * (2 if self.gpt2 else 1)  # rstd, and a mean
 
     def residual(self, size: float) -> Held:
@@ -225,7 +229,8 @@ class _Step:
         give(dx, kept.get("o8"))
         delta = self.attention(self.delta)
         dqkv = self.attention(self.qkv)  # side by side
-        give(delta, do, *(kept.get(name) for name in ("qkv", "o", "lse")))
+        sums = self.attention(self.dq) if self.in_one else None
+        give(delta, sums, do, *(kept.get(name) for name in ("qkv", "o", "lse")))
         if not self.gpt2:  # rotated back
             rotated = self.attention(self.qkv)
             give(dqkv)

@@ -6,7 +6,7 @@ rounding makes the reference wrong, and hardly more: absolute tolerances hide bu
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,8 @@ class OpCase:
     float64 would need too much memory. compiled: shapes beside these that have compiled code of their own. timed: what
     is timed where it is not op itself (op copies what timed writes into). left: whether op by itself leaves inputs,
     with gradients or without, to torch's own implementation, which was measured faster; timed does not.
-    together: forward and backward are timed as one, because one does the other's work.
+    together: forward and backward are timed as one, because one does the other's work. deterministic: whether the same
+    call gives the same bits by itself, and not only where torch is asked for deterministic algorithms.
     max_ratio, rms_ratio: where an op's rounding differs from the reference's, with why.
     """
 
@@ -64,6 +65,7 @@ class OpCase:
     timed: Callable[..., Any] | None = None
     left: Callable[[Inputs, bool], bool] | None = None
     together: bool = False
+    deterministic: bool = True
     max_ratio: float = 2.0
     rms_ratio: float = 1.1
     empty: Shape | None = None  # a shape with no elements
@@ -121,6 +123,17 @@ def poisoned_memory() -> Iterator[None]:
     finally:
         for name, function in originals.items():
             setattr(torch, name, function)
+
+
+@contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    """Inside, torch is asked for deterministic algorithms, and warns where it has none."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 @dataclass(frozen=True)
@@ -225,19 +238,24 @@ def check(
     kept_upstream = [u.clone() for u in upstream or ()]
     op = transform(case.op)
     with backend("triton"), poisoned_memory():
-        ours, again = _run(case, op, inputs, upstream), _run(case, op, inputs, upstream)
-        plain = _run(case, op, inputs, None)
+        ours, plain = _run(case, op, inputs, upstream), _run(case, op, inputs, None)
+        same = ours
+        with nullcontext() if case.deterministic else deterministic_algorithms():
+            if not case.deterministic:
+                same = _run(case, op, inputs, upstream)
+            again = _run(case, op, inputs, upstream)
     where = f"{case.name} {dict(shape)} {dtype} scale {scale} {layout}/{gradient_layout}"
     for i, (o, y, t) in enumerate(zip(ours.outputs, yardstick.outputs, truth.outputs, strict=True)):
         message = _error(o, y, t, case)
         assert message is None, f"{where}: output {i}: {message}"
         message = _error(plain.outputs[i], y, t, case)
         assert message is None, f"{where}: output {i} without gradients: {message}"
-        assert _same(o, again.outputs[i]), f"{where}: output {i} differs between two calls"
+        assert _same(same.outputs[i], again.outputs[i]), f"{where}: output {i} differs between two calls"
     for name in case.gradients:
-        message = _error(ours.gradients[name], yardstick.gradients[name], truth.gradients[name], case)
-        assert message is None, f"{where}: gradient of {name}: {message}"
-        assert _same(ours.gradients[name], again.gradients[name]), f"{where}: gradient of {name} differs between calls"
+        for found in (ours, again):
+            message = _error(found.gradients[name], yardstick.gradients[name], truth.gradients[name], case)
+            assert message is None, f"{where}: gradient of {name}: {message}"
+        assert _same(same.gradients[name], again.gradients[name]), f"{where}: gradient of {name} differs between calls"
     for name, before in kept.items():
         assert _same(inputs[name], before), f"{where}: {name} was modified"
     for before, now in zip(kept_upstream, upstream or (), strict=True):

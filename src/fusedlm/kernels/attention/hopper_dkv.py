@@ -4,7 +4,7 @@ from fusedlm.kernels._gluon import gl, gluon, hopper, tma_load, tma_store
 
 
 @gluon.jit
-def _load_queries(
+def load_queries(
     descriptors, buffers, barriers, pointers, place, blocks, group, T, BLOCK_M: gl.constexpr, STAGES: gl.constexpr
 ):
     q_desc, k_desc, v_desc, do_desc = descriptors
@@ -100,6 +100,26 @@ def _sum_over_queries(
     hopper.tma.store_wait(0)
 
 
+@gluon.jit
+def key_place(G, S, TOGETHER: gl.constexpr):
+    """(sequence, key/value head, first key) of a program of 128 keys.
+
+    The first keys are seen by the most queries: of TOGETHER heads at once they come first, so that programs that end
+    late have little to do, and the queries of so many heads fit the cache.
+    """
+    steps = gl.cdiv(S, 128)
+    first_head = gl.program_id(0) // (TOGETHER * steps) * TOGETHER
+    within = gl.program_id(0) % (TOGETHER * steps)
+    if TOGETHER == 1:  # fewer registers, which D = 128 has none to spare of
+        start = within * 128
+        head = first_head
+    else:
+        width = gl.minimum(gl.num_programs(0) // steps - first_head, TOGETHER)
+        start = within // width * 128
+        head = first_head + within % width
+    return head // G, head % G, start
+
+
 @gluon.jit(do_not_specialize=["offset"])
 def hopper_dkv_kernel(
     q_desc,  # of (B, H, T, D), tiles of (1, 1, BLOCK_M, BLOCK_D)
@@ -123,21 +143,7 @@ def hopper_dkv_kernel(
     STAGES: gl.constexpr,
     TOGETHER: gl.constexpr,
 ):
-    steps = gl.cdiv(S, 128)
-    G = H // group
-    # The first keys are seen by the most queries: of TOGETHER heads at once they come first, so that programs that end
-    # late have little to do, and the queries of so many heads fit the cache.
-    first_head = gl.program_id(0) // (TOGETHER * steps) * TOGETHER
-    within = gl.program_id(0) % (TOGETHER * steps)
-    if TOGETHER == 1:  # fewer registers, which D = 128 has none to spare of
-        start = within * 128
-        head = first_head
-    else:
-        width = gl.minimum(gl.num_programs(0) // steps - first_head, TOGETHER)
-        start = within // width * 128
-        head = first_head + within % width
-    b = head // G
-    g = head % G
+    b, g, start = key_place(H // group, S, TOGETHER)
     if offset_ptr is not None:
         offset = gl.load(offset_ptr + b).to(gl.int32)
     first = 0
@@ -180,7 +186,7 @@ def hopper_dkv_kernel(
                 (outputs, buffers, barriers, place, blocks, group, offset, scale, 1, IS_CAUSAL, BLOCK_M, STAGES),
             ),
             (
-                _load_queries,
+                load_queries,
                 (inputs, buffers, barriers, pointers, (b, H, g, start), blocks, group, T, BLOCK_M, STAGES),
             ),
         ],

@@ -14,6 +14,7 @@ from fusedlm.kernels._philox import drop_threshold
 from fusedlm.kernels._triton import triton
 from fusedlm.kernels.attention.backward import dkv_kernel, dq_kernel
 from fusedlm.kernels.attention.forward import fwd_kernel
+from fusedlm.kernels.attention.fused import delta_kernel, narrow_kernel
 
 # (BLOCK_M, BLOCK_N, num_warps, num_stages) by kernel and widest D, in 16 bits. Hopper's are measured, see
 # docs/kernels/attention.md; the others are the largest that spill no registers from sm_80 to sm_120.
@@ -69,6 +70,10 @@ def _hopper_config(kernel: str, q: Tensor, k: Tensor, setting: Setting) -> dict[
         return None
     if setting.seed is not None or setting.cu_seqlens is not None:
         return None
+    if kernel == "bwd":
+        if D > 64 or torch.are_deterministic_algorithms_enabled():
+            return None
+        return {"BLOCK_D": 64, "BLOCK_M": 64, "STAGES": 3, "DS_STAGES": 2, "TOGETHER": 8, "REGISTERS": 208}
     if D > 64:
         size = {"BLOCK_D": 128}
         if kernel == "dkv":
@@ -82,7 +87,7 @@ def _hopper_config(kernel: str, q: Tensor, k: Tensor, setting: Setting) -> dict[
 @functools.cache
 def _hopper_kernel(name: str) -> Any:
     """Imported late: it takes a tenth of a second, and works with Triton alone."""
-    module = "hopper_dkv" if name == "hopper_dkv_kernel" else "hopper"
+    module = {"hopper_bwd_kernel": "hopper_bwd", "hopper_dkv_kernel": "hopper_dkv"}.get(name, "hopper")
     return getattr(import_module(f"fusedlm.kernels.attention.{module}"), name)
 
 
@@ -103,13 +108,15 @@ def _described(t: Tensor, rows: int, columns: int) -> Any:
 
     from fusedlm.kernels._gluon import gl
 
+    whole = 16 // t.itemsize
     pairs = list(zip(t.shape[:3], t.stride()[:3], strict=True))
-    if t.stride(3) != 1 or t.data_ptr() % 16 or any(stride % 8 or not stride for n, stride in pairs if n > 1):
+    if t.stride(3) != 1 or t.data_ptr() % 16 or any(stride % whole or not stride for n, stride in pairs if n > 1):
         t = t.contiguous()
         pairs = list(zip(t.shape[:3], t.stride()[:3], strict=True))
     strides = [stride if n > 1 else t.shape[3] for n, stride in pairs]  # of one, any would do, if it is a multiple of 8
     block = [1, 1, rows, columns]
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16 if t.dtype == torch.bfloat16 else gl.float16)
+    dtypes = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+    layout = gl.NVMMASharedLayout.get_default_for(block, dtypes[t.dtype])
     return TensorDescriptor(t, list(t.shape), [*strides, 1], block, layout)
 
 
@@ -171,6 +178,30 @@ def forward(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, 
     return o, lse
 
 
+def _rows_config(D: int) -> tuple[int, dict[str, int]]:
+    """Rows of a program of the two kernels around the fused one, and their constants."""
+    rows = 16 if interpreting() else 64
+    return rows, {"D": D, "BLOCK_D": max(triton.next_power_of_2(D), 16), "BLOCK_M": rows, "num_warps": 4}
+
+
+def begin_sums(o: Tensor, do: Tensor) -> tuple[Tensor, Tensor]:
+    """(rowsum(do * o), (B, H, T) fp32; zeros for dq's sums, (B, H, T, D) fp32). Stride 1 along D."""
+    B, H, T, D = o.shape
+    delta, sums = (torch.empty(shape, dtype=torch.float32, device=o.device) for shape in ((B, H, T), o.shape))
+    rows, config = _rows_config(D)
+    strides = (*o.stride()[:3], *do.stride()[:3])
+    launch(delta_kernel, (B * H * triton.cdiv(T, rows), 1, 1), o.dtype, (o, do, delta, sums), (*strides, H, T), config)
+    return delta, sums
+
+
+def end_sums(sums: Tensor, scale: float, dq: Tensor) -> None:
+    """dq = scale * sums, rounded. dq: any strides but for 1 along D."""
+    B, H, T, D = dq.shape
+    rows, config = _rows_config(D)
+    scalars = (*dq.stride()[:3], H, T, scale)
+    launch(narrow_kernel, (B * H * triton.cdiv(T, rows), 1, 1), dq.dtype, (sums, dq), scalars, config)
+
+
 def backward(
     do: Tensor,
     q: Tensor,
@@ -182,9 +213,35 @@ def backward(
     gradients: tuple[Tensor, Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv), written to the tensors given for them, whose stride along D is 1. Nothing is empty."""
+    q, k, v, do = _tiled(q), _tiled(k), _tiled(v), _tiled(do)
+    config = _hopper_config("bwd", q, k, setting)
+    if config is None:
+        return _in_two(do, q, k, v, o, lse, setting, gradients)
+    dq, dk, dv = gradients
+    B, G, S = q.shape[0], *k.shape[1:3]
+    delta, sums = begin_sums(o, do)
+    size = config["BLOCK_D"]
+    qs, dos, dqs = (_described(t, config["BLOCK_M"], size) for t in (q, do, sums))
+    ks, vs, dks, dvs = (_described(t, 64, size) for t in (k, v, dk, dv))
+    arguments = (qs, ks, vs, dos, dqs, dks, dvs, lse, delta)
+    _launch_on_hopper("hopper_bwd_kernel", B * G * triton.cdiv(S, 128), setting, q, k, arguments, config)
+    end_sums(sums, setting.scale, dq)
+    return dq, dk, dv
+
+
+def _in_two(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    setting: Setting,
+    gradients: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `backward`, by a kernel for dq and one for dk and dv, which give the same bits at each call."""
     dq, dk, dv = gradients
     delta = lse.new_empty(q.shape[:3])
-    q, k, v, do = _tiled(q), _tiled(k), _tiled(v), _tiled(do)
     (B, H, T, D), (_, G, S, _) = q.shape, k.shape
     config = _hopper_config("dq", q, k, setting)
     if config is not None:
