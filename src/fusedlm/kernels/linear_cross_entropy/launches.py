@@ -32,7 +32,6 @@ class Ring:
 
 
 _RING = Ring()
-_SHORT = Ring(slots=8, slot_bytes=2048, stream=4)  # of rows below MIN_V
 
 
 def kernel_for(logits: Tensor) -> Literal["hopper", "plain"]:
@@ -80,11 +79,11 @@ def losses_in_place(
     z_loss: float,
     *,
     gradient: bool,
-    ring: Ring | None = None,
+    ring: Ring = _RING,
 ) -> None:
     """The losses of rows; with `gradient` their logits become the gradient of the losses' sum.
 
-    logits: (M, V), target: (M,) int64, losses: (M,) fp32; contiguous, none empty. ring: in place of the one for V.
+    logits: (M, V), target: (M,) int64, losses: (M,) fp32; contiguous, none empty.
     """
     M, V = logits.shape
     device = logits.device
@@ -92,7 +91,6 @@ def losses_in_place(
     scalars = (M, V, ignore_index, label_smoothing, z_loss)
     constants: dict[str, Any] = {"SUM": label_smoothing != 0, "GRADIENT": gradient}
     if kernel_for(logits) == "hopper":
-        ring = ring or (_RING if V >= MIN_V else _SHORT)
         constants |= _hopper_config(V, logits.itemsize, gradient, ring)
         kernel = import_module("fusedlm.kernels.linear_cross_entropy.hopper").hopper_loss_kernel  # late: needs Triton
         programs = min(num_programs(device, ring.programs), M)
