@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fusedlm.kernels import backend
+from fusedlm.kernels import backend, join_master
 from fusedlm.models import PRESETS, DecoderModel, build_model
 from fusedlm.training.config import RunConfig, TrainingConfig, make_config
 from fusedlm.training.muon import Muon, orthogonalized
@@ -147,6 +147,25 @@ def test_muon_is_torchs() -> None:
         truth.step()
     for p, q, w in zip(ours, theirs, first, strict=True):
         assert (p - q).norm() < 0.02 * (q - w).norm()
+
+
+def test_muons_masters_are_the_weights_of_a_run_in_fp32() -> None:
+    """Bit for bit, over steps below bf16's resolution; a step that is skipped leaves both halves as they are."""
+    generator = torch.Generator().manual_seed(4)
+    p = nn.Parameter(torch.randn(24, 12, generator=generator).bfloat16())
+    wide = nn.Parameter(p.detach().float())
+    first = p.detach().clone()
+    narrow, truth = (Muon([("blocks.0.mlp.up.weight", w)], lr=torch.tensor(1e-5), weight_decay=0.3) for w in (p, wide))
+    for norm in (1.0, 1.0, math.inf, 1.0):
+        p.grad = torch.randn(p.shape, generator=generator).bfloat16()
+        wide.grad = p.grad.float()
+        for optimizer in (narrow, truth):
+            optimizer.step(torch.tensor(norm))
+        low = narrow.state[p]["master_low"]
+        assert low.dtype == torch.int16
+        assert torch.equal(join_master(p.detach(), low), wide.detach())
+    assert (p == first).double().mean() > 0.9
+    assert not torch.equal(wide, first.float())
 
 
 def test_muon_splits_what_is_several_in_one() -> None:

@@ -94,7 +94,7 @@ class AdamW(torch.optim.Optimizer):
         """Take the state of an AdamW, this one or torch's. Raises ValueError where it does not fit.
 
         A "master" of a bfloat16 parameter, as earlier versions kept it, is taken apart: its rounding is written into
-        the parameter.
+        the parameter, which is to have been loaded before.
         """
         for group in state_dict["param_groups"]:
             _hyper(group)
