@@ -77,6 +77,13 @@ def _first(number, G: gl.constexpr):
 
 
 @gluon.jit
+def _release(barrier):
+    """A slot may be filled again. Without the fence TMA's writing overtook readings that were asked for before."""
+    hopper.fence_async_shared()
+    hopper.mbarrier.arrive(barrier)
+
+
+@gluon.jit
 def _add_chunk(
     slots, barriers, state, place, left,
     FIRST: gl.constexpr, COUNT: gl.constexpr, RELEASE: gl.constexpr, SUM: gl.constexpr, LAYOUT: gl.constexpr,
@@ -91,7 +98,7 @@ def _add_chunk(
     hopper.mbarrier.wait(full.index(slot), place // COUNT & 1)
     x = slots.index(slot).load(LAYOUT)
     if RELEASE:
-        hopper.mbarrier.arrive(empty.index(slot))
+        _release(empty.index(slot))
     x = x.to(gl.float32)
     if SUM:
         plain += gl.sum(_lanes(x), 0)  # past the row's end there are zeros
@@ -167,7 +174,7 @@ def _store_gradients(
         if WAIT:
             hopper.mbarrier.wait(full.index(slot), place // COUNT & 1)
         x = slots.index(slot).load(LAYOUT)
-        hopper.mbarrier.arrive(empty.index(slot))
+        _release(empty.index(slot))
         dx = a * probabilities(x.to(gl.float32), lse) - b
         start = chunk * BLOCK
         if (start + BLOCK <= V) & ((col < start) | (col >= start + BLOCK)):  # neither masks nor the target: nearly all

@@ -25,9 +25,9 @@ class Ring:
     copied twice, where a row is longer than all. Its four groups of warps share both evenly. programs: a
     multiprocessor."""
 
-    slots: int = 56
-    slot_bytes: int = 4096
-    stream: int = 8
+    slots: int = 28
+    slot_bytes: int = 8192
+    stream: int = 4
     programs: int = 1
 
 
