@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fusedlm.kernels import backend
+from fusedlm.kernels import backend, linear_cross_entropy
 from fusedlm.kernels._index_errors import raise_index_errors
 from fusedlm.kernels._launch import Launch, record_launches
 from fusedlm.kernels.cross_entropy import cross_entropy_ref
@@ -102,3 +102,24 @@ def test_rows_that_are_ignored_and_targets_out_of_range(V: int, gradient: bool) 
     torch.testing.assert_close(made[good].double(), leaf.grad, rtol=1e-4, atol=1e-7)
     assert bool(made[bad].isnan().all())
     assert bool((made[ignored] == 0).all())
+
+
+def test_the_inputs_memory_takes_its_gradient_where_that_is_asked_for() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(n, 16, generator=generator, dtype=torch.float64) for n in (13, 21))
+    t = torch.randint(0, 21, (13,), generator=generator)
+    leaves = [x.clone().requires_grad_(), w.clone().requires_grad_()]
+    truth = torch.autograd.grad(cross_entropy_ref(leaves[0] @ leaves[1].T, t), leaves)
+    for reuse in (False, True):
+        ours = [v.float().to(DEVICE).requires_grad_() for v in (x, w)]
+        hidden = ours[0] * 1.0
+        before = hidden.detach().clone()
+        with backend("triton"):
+            loss = linear_cross_entropy(hidden, ours[1], t.to(DEVICE), reuse_input=reuse)
+            found = torch.autograd.grad(loss, ours)
+        assert torch.equal(hidden, before) != reuse
+        for a, b in zip(found, truth, strict=True):
+            torch.testing.assert_close(a.cpu().double(), b, rtol=1e-5, atol=1e-6)
+    with backend("triton"), torch.no_grad():  # no gradient, nothing to write
+        linear_cross_entropy(before, ours[1], t.to(DEVICE), reuse_input=True)
+    assert not torch.equal(hidden, before)

@@ -1,6 +1,7 @@
 """What GPT-2 and Llama share: token ids in, blocks in a row, a last norm, a head that may be the embedding's matrix."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +72,11 @@ class DecoderModel(nn.Module):
         tied = TiedGradient() if self.head is None else None
         hidden = self.hidden_states(ids, cache, tied)
         options = (ignore_index, "mean", label_smoothing, z_loss)
-        return linear_cross_entropy(hidden, self.head_weight, targets, *options, tied=tied)  # type: ignore[arg-type]
+        shared: dict[str, Any] = {
+            "tied": tied,
+            "reuse_input": True,
+        }  # the last norm's backward pass needs its sum alone
+        return linear_cross_entropy(hidden, self.head_weight, targets, *options, **shared)  # type: ignore[arg-type]
 
     def dropout_state(self, device: torch.device) -> DropoutState:
         """That of one forward pass, with a new seed from torch's generator of the device; nothing in evaluation."""

@@ -128,14 +128,17 @@ class _Step:
             self.ledger.give(kept.pop(name))
 
     def loss(self, y: Held) -> tuple[Held, Held]:
-        """linear_cross_entropy: the gradients of y and of the head are computed with the loss. y: the last norm."""
+        """linear_cross_entropy: the gradients of y, in y's memory, and of the head are computed with the loss.
+
+        y: the last norm.
+        """
         V, C = self.config.vocab_size, self.config.width
         take = self.ledger.take
-        dy, dw = take("logits", self.x), take("logits", V * C * 4)  # dw is a sum in fp32
+        dw = take("logits", V * C * 4)  # a sum in fp32
         losses = take("logits", self.M * 4)
         chunk = take("logits", logits_rows(V, self.e, self.M) * V * self.e)
-        self.ledger.give(chunk, losses, y)
-        return dy, dw
+        self.ledger.give(chunk, losses)
+        return y, dw
 
     # Backward
 

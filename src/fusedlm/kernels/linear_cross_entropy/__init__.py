@@ -77,10 +77,26 @@ def _linear_cross_entropy(
 
     Of the sum and not of the mean, so that narrow dtypes keep its digits. x: (M, C), w: (V, C).
     """
+    dx = torch.empty(x.shape if need_dx else (0,), dtype=x.dtype, device=x.device)
+    return _in_chunks(x, w, target, dx, ignore_index, mean, label_smoothing, z_loss, need_dx, need_dw)
+
+
+def _in_chunks(
+    x: Tensor,
+    w: Tensor,
+    target: Tensor,
+    dx: Tensor,
+    ignore_index: int,
+    mean: bool,
+    label_smoothing: float,
+    z_loss: float,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx: where it goes, which may be x's own memory: a chunk of x is read for the last time before it is written."""
     (M, C), V = x.shape, w.shape[0]
     target = target.contiguous()
     device = x.device
-    dx = torch.empty((M, C) if need_dx else (0,), dtype=x.dtype, device=device)
     dw = (torch.empty if M else torch.zeros)((V, C) if need_dw else (0,), dtype=torch.float32, device=device)
     losses = torch.empty(M, dtype=torch.float32, device=device)
     raise_index_errors()
@@ -92,20 +108,26 @@ def _linear_cross_entropy(
         torch.mm(part, w.t(), out=logits)
         rows = (logits, target[start : start + chunk], losses[start : start + chunk])
         losses_in_place(*rows, ignore_index, label_smoothing, z_loss, gradient=need_dx or need_dw)
-        if need_dx:
-            torch.mm(logits, w, out=dx[start : start + chunk])
         if need_dw:
             _product_into(dw, logits.t(), part, add=start > 0)
+        if need_dx:
+            torch.mm(logits, w, out=dx[start : start + chunk])
     loss, count = reduce_losses(losses, target, ignore_index, mean=mean)
     return loss, count, dx, dw
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, target: Tensor, tied: TiedGradient | None, *options: Any) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, target: Tensor, tied: TiedGradient | None, reuse_input: bool, *options: Any
+    ) -> Tensor:
         ctx.tied = tied
         need = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-        loss, count, dx, dw = _linear_cross_entropy(x, w, target, *options, *need)
+        if reuse_input and need[0] and x.is_contiguous():
+            dx = x.data  # as a tensor that autograd has not seen
+            loss, count, dx, dw = _in_chunks(dx, w, target, dx, *options, *need)  # type: ignore[call-arg]
+        else:
+            loss, count, dx, dw = _linear_cross_entropy(x, w, target, *options, *need)
         ctx.save_for_backward(dx, dw, count)
         ctx.mean = options[1]
         return loss
@@ -120,7 +142,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.tied is not None and dw is not None:
             ctx.tied.leave(dw)
             dw = None
-        return dx, dw, None, None, None, None, None, None
+        return dx, dw, *[None] * 7
 
 
 @triton.jit
@@ -150,13 +172,16 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     *,
     tied: TiedGradient | None = None,
+    reuse_input: bool = False,
 ) -> Tensor:
     """cross_entropy(linear(input, weight), target, ...) without the logits in memory.
 
     input: (..., C). weight: (V, C), of input's dtype. target: (...) int64. reduction: "mean" or "sum". Other arguments
     and the returned fp32 scalar as for cross_entropy. The gradients are computed with the loss, so calling it with
-    gradients enabled costs what a forward and a backward pass do. tied: where weight is the table that `embedding` has
-    and input depends on what that gave; see `TiedGradient`. Raises ValueError for what does not fit.
+    gradients enabled costs what a forward and a backward pass do.
+    tied: where weight is the table that `embedding` has, and input depends on what that gave; see `TiedGradient`.
+    reuse_input: input's memory may take its gradient, where nobody else needs its values after this.
+    Raises ValueError for what does not fit.
     """
     if weight.ndim != 2 or weight.shape[1] != input.shape[-1] or weight.dtype != input.dtype:
         raise ValueError(
@@ -170,5 +195,7 @@ def linear_cross_entropy(
     x, t = input.reshape(-1, input.shape[-1]), target.reshape(-1)
     options = (ignore_index, reduction == "mean", label_smoothing, z_loss)
     if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
-        return _LinearCrossEntropy.apply(x, weight, t, None if torch.compiler.is_compiling() else tied, *options)
+        if torch.compiler.is_compiling():
+            tied, reuse_input = None, False
+        return _LinearCrossEntropy.apply(x, weight, t, tied, reuse_input, *options)
     return _linear_cross_entropy(x, weight, t, *options, False, False)[0]
