@@ -1,9 +1,10 @@
 """`python -m benchmarks report`: write the tables and plots of the docs from the results that are committed.
 
 Two pages are made whole. In all others (and in the README.md beside the folder) what stands between a line
-`<!-- figures: op, op -->` and a line `<!-- end -->` is replaced by these ops' figures, and where the first line is
-`<!-- figures: summary -->` by one sentence and the picture of all ops, where it names one of `cpu.BLOCKS` or
-`training_report.BLOCKS` by those, and `<!-- figures: forward -->` by the table of `python -m benchmarks forward`.
+`<!-- figures: op, op -->` and a line `<!-- end -->` is replaced by these ops' figures, by those of every size where the
+first line ends with `(all sizes) -->`; where that is `<!-- figures: summary -->`, by one sentence and the picture of all
+ops, where it names one of `cpu.BLOCKS` or `training_report.BLOCKS` by those, and `<!-- figures: forward -->` by the table
+of `python -m benchmarks forward`.
 """
 
 import argparse
@@ -136,7 +137,7 @@ def fill(
         if begin:
             block, found = begin[1], True
         elif block is not None and line == _END:
-            ops = block.split(", ")
+            ops = block.removesuffix(" (all sizes)").split(", ")
             if block == "summary":
                 made = summary(results["rows"], machine)
                 picture = Path(os.path.relpath(docs / "ops.png", page.parent)).as_posix()
@@ -148,7 +149,7 @@ def fill(
             elif training and block in training_report.BLOCKS:
                 made = training_report.BLOCKS[block](training)
             elif set(ops) <= measured:
-                made = figures(results["rows"], ops, machine)
+                made = figures(results["rows"], ops, machine, whole=block.endswith(" (all sizes)"))
             else:
                 raise ValueError(f"{page} asks for figures of {block!r}; there are those of {sorted(measured)}")
             lines += [made, _END]

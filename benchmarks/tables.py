@@ -152,14 +152,14 @@ def _ranges(groups: Sequence[Group]) -> str:
     return text + (f"; the fastest peer's time over ours: {', '.join(ratios)}" if ratios else "")
 
 
-def figures(rows: Iterable[Row], ops: Sequence[str], machine: str) -> str:
+def figures(rows: Iterable[Row], ops: Sequence[str], machine: str, *, whole: bool = False) -> str:
     """Markdown for a page about some ops: a table of three sizes each (of more than two ops, of one size), ranges over
-    all, and what was measured on.
+    all, and what was measured on. whole: all sizes in the table.
 
     Peers' columns are their times over ours, and the memory that they allocate where that was measured.
     """
     every = [group for group in grouped(rows) if group[0]["op"] in ops]
-    groups = _some_sizes(every, one=len(ops) > 2)
+    groups = every if whole else _some_sizes(every, one=len(ops) > 2)
     names = {" x ".join(sizes_of(ours["shape"])) for ours, _ in groups}
     passes = len(ops_without_backward(every)) < len(ops)
     memory = any("extra_bytes" in ours for ours, _ in groups)

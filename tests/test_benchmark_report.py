@@ -134,16 +134,25 @@ def test_the_summary_tells_the_worst_too() -> None:
 
 
 def test_what_is_left_to_torch_is_marked_and_not_counted() -> None:
-    rows = [
-        measured(v, t, op="op", direction=d, **({"left_to_torch": True} if d == "backward" and v == "fusedlm" else {}))
-        for d in ("forward", "backward")
-        for v, t in (("fusedlm", 1e-5), ("torch", 1e-5 if d == "forward" else 5e-6))
-    ]
-    assert "from 1.00x (op) to 1.00x (op)" in summary(rows, "a GPU")
+    times = {"forward": 1e-5, "backward": 5e-6}  # of torch; ours takes 1e-5
+    rows = []
+    for direction, seconds in times.items():
+        left = {"left_to_torch": True} if direction == "backward" else {}
+        rows.append(measured("fusedlm", 1e-5, direction=direction, **left))
+        rows.append(measured("torch", seconds, direction=direction))
+    assert "Of 1 measurements, 1 are as fast as torch or faster (within 2%), from 1.00x" in summary(
+        [*rows, measured("fusedlm", 1e-5, direction="backward", shape={"M": 9, "N": 8})], "a GPU"
+    )
     for table in (ops_table(rows), figures(rows, ["op"], "a GPU")):
         assert table.count("10.0† |") == 1
     assert "† Ours, asked for by name" in figures(rows, ["op"], "a GPU")
     assert "†" not in figures(rows[:2], ["op"], "a GPU")
+
+
+def test_a_table_of_all_sizes() -> None:
+    rows = [measured(v, 1e-5, shape={"M": 4, "N": n}) for n in range(1, 8) for v in ("fusedlm", "torch")]
+    assert figures(rows, ["op"], "a GPU").count("| 4 x ") == 3
+    assert figures(rows, ["op"], "a GPU", whole=True).count("| 4 x ") == 7
 
 
 @pytest.fixture
