@@ -256,6 +256,8 @@ def forward_table(results: Mapping[str, Any]) -> str:
     about = results["environment"]
     text += f"\n\n{results['preset']}, {results['batch']} x {results['context']} tokens, hidden states; "
     text += "tf32 is fp32 whose products may take tensor cores; "
+    if CAUSAL in names:
+        text += "causal: told that nothing is padded, without which torch cannot take flash attention; "
     if results["largest"]:
         stopped = results.get("stopped", {})  # by something else than memory
         batches = (

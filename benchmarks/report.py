@@ -2,8 +2,8 @@
 
 Two pages are made whole. In all others (and in the README.md beside the folder) what stands between a line
 `<!-- figures: op, op -->` and a line `<!-- end -->` is replaced by these ops' figures, by those of every size where the
-first line ends with `(all sizes) -->`. Where that line is `<!-- figures: summary -->` it is one sentence and the picture
-of all ops; where it names one of `cpu.BLOCKS` or `training_report.BLOCKS`, those; and for `<!-- figures: forward -->`
+first line ends with `(all sizes) -->`. Where it is `<!-- figures: summary -->` there is one sentence and the picture of
+all ops; where it names one of `cpu.BLOCKS` or `training_report.BLOCKS`, those; and for `<!-- figures: forward -->`
 the table of `python -m benchmarks forward`.
 """
 
