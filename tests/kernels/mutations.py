@@ -217,7 +217,7 @@ def main() -> None:
     unknown = set(options.names) - known.keys() - of_op.keys()
     if unknown:
         parser.error(f"unknown names {sorted(unknown)}; expected some of {sorted(known.keys() | of_op.keys())}")
-    sections, bad = {}, 0
+    bad = 0
     for name in dict.fromkeys(name if name in known else of_op[name] for name in options.names or known):
         start, found = time.perf_counter(), []
         try:
@@ -232,11 +232,10 @@ def main() -> None:
         bad += survived
         seconds = time.perf_counter() - start
         print(f"{name}: {len(found) - survived} of {len(found)} caught, {seconds:.0f} s", flush=True)
-        sections[name] = section(known[name], found)
-    if options.report:
-        before = REPORT.read_text(encoding="utf-8") if REPORT.exists() else ""
-        REPORT.write_text(report(sections, before), encoding="utf-8")
-        print(f"wrote {REPORT}")
+        if options.report:  # at once: another family may take a quarter of an hour
+            before = REPORT.read_text(encoding="utf-8") if REPORT.exists() else ""
+            REPORT.write_text(report({name: section(known[name], found)}, before), encoding="utf-8")
+            print(f"wrote {name} to {REPORT}", flush=True)
     sys.exit(bool(bad))
 
 
