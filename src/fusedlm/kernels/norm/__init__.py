@@ -92,7 +92,7 @@ def _bwd_config(N: int, has_mean: bool, has_sum: bool, sums: bool) -> tuple[int,
     where a row is short.
     """
     block = max(triton.next_power_of_2(N), 8)
-    if sums:
+    if sums or (has_sum and N % 16):  # narrow accesses need registers for their addresses
         each, warps_per_multiprocessor = 16, 12
     else:
         each, warps_per_multiprocessor = (32, 8) if has_sum else (8, 24) if block <= 1024 else (16, 16)
