@@ -130,6 +130,19 @@ def test_ctrl_c_leaves_quietly(delay: float, tiny_model: Path) -> None:
     assert "Traceback" not in err
 
 
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+@pytest.mark.parametrize("importing", [True, False])
+def test_ctrl_c_while_something_is_imported_is_no_exception(importing: bool, tmp_path: Path) -> None:
+    """It would pass through whatever sets itself up there, C++ that ends the process too."""
+    lines = ("import os, signal", "try:", "    os.kill(os.getpid(), signal.SIGINT)", "except KeyboardInterrupt:")
+    (tmp_path / "slow.py").write_text("\n".join((*lines, "    print('raised')", "")))
+    run = "import slow" if importing else "exec(open('slow.py').read())"
+    code = f"import signal; from fusedlm.cli import interrupt; signal.signal(signal.SIGINT, interrupt); {run}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout.strip()) == ((130, "") if importing else (0, "raised"))
+    assert done.stderr.strip() == ""
+
+
 def test_ctrl_c_in_a_stream_says_how_far_it_came(run: Run, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fusedlm.inference.generation import TextStream
 

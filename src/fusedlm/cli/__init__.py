@@ -4,6 +4,7 @@ import atexit
 import os
 import signal
 import sys
+from types import FrameType
 
 import typer
 
@@ -44,11 +45,26 @@ def _options(
     pass
 
 
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """For SIGINT: KeyboardInterrupt, but while something is imported, when there is nothing to lose, the end at once.
+
+    An exception that passes through an extension module's C++ while that is set up ends the process by another signal.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            os.write(2, b"\n")
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Run the command line. Errors a user can mend are one line on stderr and exit code 1; Ctrl-C is 130."""
     # Before torch is imported, which brings GNU's OpenMP: its threads wait for each other in a loop of 300,000 turns.
     # With another program on one of the cores that made training fourteen times slower, a short one two to three times.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as in the background
+        signal.signal(signal.SIGINT, interrupt)
     # What is left then, taking torch apart, takes a while, and a Ctrl-C would turn it into a death by signal.
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     for stream in (sys.stdout, sys.stderr):
