@@ -46,14 +46,17 @@ def _options(
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """For SIGINT: KeyboardInterrupt, but while something is imported, when there is nothing to lose, the end at once.
+    """For SIGINT: KeyboardInterrupt, but while a command imports what it needs, with nothing to lose, the end at once.
 
     An exception that passes through an extension module's C++ while that is set up ends the process by another signal.
     """
+    importing = False
     while frame is not None:
-        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+        file = frame.f_code.co_filename
+        if importing and os.path.dirname(file) == os.path.dirname(__file__):
             os.write(2, b"\n")
             os._exit(130)
+        importing = file == "<frozen importlib._bootstrap>"
         frame = frame.f_back
     raise KeyboardInterrupt
 
