@@ -233,34 +233,17 @@ def _sums_too(x: Tensor, weight: Tensor, has_bias: bool) -> bool:
     return has_bias and x.dtype == weight.dtype and x.shape[-1] <= SUMS_N and not torch.compiler.is_compiling()
 
 
-class _NormOfSum(torch.autograd.Function):
-    """A norm that hands on what it is the norm of, so that both gradients of it are summed in the norm's pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, mean: bool) -> Any:
-        y, stats = _norm_forward(x, weight, bias, eps, mean)
-        ctx.save_for_backward(x, weight, stats)
-        ctx.has_bias = bias is not None
-        ctx.set_materialize_grads(False)
-        return y, x
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> Any:
-        dy = torch.zeros_like(ds) if dy is None and ds is not None else dy
-        x, weight, stats = ctx.saved_tensors
-        sums = _sums_too(x, weight, ctx.has_bias)
-        dx, dw = _norm_backward(dy, ds, x, weight, stats, ctx.has_bias, 0.0, None, 0, sums)
-        if sums:
-            remember_sums(dx, dw[2])
-        return dx, dw[0], dw[1] if ctx.has_bias else None, None, None
-
-
 class _AddNorm(torch.autograd.Function):
+    """A norm that gives what it is the norm of too, so that both gradients of that are summed in the norm's pass."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, r: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Any:
-        y, total, stats = _add_norm_forward(x, r, weight, bias, *options)
-        _, _, ctx.p, seed, ctx.stream = options
+    def forward(ctx: Any, x: Tensor, r: Tensor | None, weight: Tensor, bias: Tensor | None, *options: Any) -> Any:
+        eps, mean, ctx.p, seed, ctx.stream = options
+        if r is None:
+            total, (y, stats) = x, _norm_forward(x, weight, bias, eps, mean)
+        else:
+            y, total, stats = _add_norm_forward(x, r, weight, bias, *options)
+        ctx.has_sum = r is not None
         ctx.save_for_backward(total, weight, stats, seed)
         ctx.has_bias = bias is not None
         ctx.set_materialize_grads(False)  # the last norm's sum has no gradient: there is nothing to read
@@ -276,7 +259,8 @@ class _AddNorm(torch.autograd.Function):
         dx = dropped[0] if dropped else dr
         if sums:
             remember_sums(dx, dw[2])
-        return dx, dr, dw[0], dw[1] if ctx.has_bias else None, None, None, None, None, None
+        dbias = dw[1] if ctx.has_bias else None
+        return dx, dr if ctx.has_sum else None, dw[0], dbias, None, None, None, None, None
 
 
 def _check(x: Tensor, r: Tensor | None, weight: Tensor, bias: Tensor | None) -> None:
@@ -314,12 +298,10 @@ def _add_norm(
     mean: bool,
 ) -> tuple[Tensor, Tensor]:
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    if residual is None:
-        if _needs_grad(x, weight, bias):
-            return _NormOfSum.apply(x, weight, bias, eps, mean)
-        return _norm(x, weight, bias, eps, mean=mean), x
     if _needs_grad(x, residual, weight, bias):
         return _AddNorm.apply(x, residual, weight, bias, eps, mean, p, seed, stream)
+    if residual is None:
+        return _norm(x, weight, bias, eps, mean=mean), x
     if torch.compiler.is_compiling():
         return _add_norm_forward(x, residual, weight, bias, eps, mean, p, seed, stream)[:2]
     y, total, _ = _forward(x, residual, weight, bias, eps, mean=mean, stats=False, p=p, seed=seed, stream=stream)
