@@ -134,11 +134,8 @@ def run_shape(
                 **measured,
                 **_figures(case, shape, direction, measured["seconds"], limits),
             }
-            row |= (
-                {"left_to_torch": True}
-                if name == OURS and case.left and case.left(made[0], direction != "forward")
-                else {}
-            )
+            if name == OURS and case.left is not None and case.left(made[0], direction != "forward"):
+                row["left_to_torch"] = True
             row |= {"graph": False} if name in waits else {}
             row |= {"cached": True} if name in kept else {}
             rows.append(row)

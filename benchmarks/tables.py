@@ -18,6 +18,7 @@ PEERS = {
     "liger": "Liger",
 }
 PASSES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
+LEFT = "† Ours, asked for by name: by itself the op leaves this to torch's own."
 EVEN = 0.98  # of a peer's speed, from which on ours counts as no slower: runs differ by as much
 
 
@@ -83,9 +84,6 @@ def microseconds(seconds: float) -> str:
 def our_time(row: Row) -> str:
     """In microseconds, and a mark where that is not what the op takes by itself."""
     return microseconds(row["seconds"]) + "†" * row.get("left_to_torch", False)
-
-
-LEFT = "† Ours, asked for by name: by itself the op leaves this to torch's own."
 
 
 def _bytes(count: float) -> str:
