@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,16 @@ needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 both = pytest.mark.parametrize("name", CONFIGS)
 
 
-def model_of(name: str, dropout: float = 0.0, dtype: torch.dtype = torch.float64, device: str = "cpu") -> DecoderModel:
-    model = build_model(CONFIGS[name], dropout=dropout)
+def model_of(
+    name: str,
+    dropout: float = 0.0,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+    *,
+    tied: bool | None = None,
+) -> DecoderModel:
+    config = CONFIGS[name]
+    model = build_model(config if tied is None else replace(config, tied=tied), dropout=dropout)
     model.init_weights(torch.Generator().manual_seed(7))
     for p in model.parameters():
         p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
@@ -80,14 +89,14 @@ def test_the_loss_is_that_of_the_logits_and_so_are_its_gradients(name: str) -> N
         assert far < 1e-5, f"{path}: gradient is {far:.2g} off"
 
 
-@both
-def test_the_kernels_gradients(name: str) -> None:
+@pytest.mark.parametrize(("name", "tied"), [("gpt2", True), ("llama", False), ("llama", True)])
+def test_the_kernels_gradients(name: str, tied: bool) -> None:
     pytest.importorskip("triton", reason="the kernels need Triton")
     ids, targets = tokens(2, 16)
-    truth = model_of(name)
+    truth = model_of(name, tied=tied)
     loss = truth.loss(ids, targets)
     loss.backward()  # type: ignore[no-untyped-call]
-    model = model_of(name, dtype=torch.float32, device=DEVICE)
+    model = model_of(name, dtype=torch.float32, device=DEVICE, tied=tied)
     with backend("triton"):
         found = model.loss(ids.to(DEVICE), targets.to(DEVICE))
         found.backward()  # type: ignore[no-untyped-call]
