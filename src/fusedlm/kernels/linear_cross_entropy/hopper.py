@@ -78,7 +78,7 @@ def _first(number, G: gl.constexpr):
 
 @gluon.jit
 def _release(barrier):
-    """A slot may be filled again. Without the fence TMA's writing overtook readings that were asked for before."""
+    """A slot may be filled again. Without the fence numbers of another row were read, as if TMA's writing overtook."""
     hopper.fence_async_shared()
     hopper.mbarrier.arrive(barrier)
 
