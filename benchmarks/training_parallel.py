@@ -35,8 +35,8 @@ class Contender:
     graph: bool = True
 
 
-def _sharded(again: bool, reduce: Any = "fp32") -> ParallelConfig:
-    return ParallelConfig(reshard_after_forward=again, reduce_dtype=reduce)
+def _sharded(again: bool, **settings: Any) -> ParallelConfig:
+    return ParallelConfig(reshard_after_forward=again, **settings)
 
 
 CONTENDERS = (
@@ -44,7 +44,7 @@ CONTENDERS = (
     Contender("one GPU, without a graph", False, graph=False),
     Contender("FSDP2, gathered twice", True, _sharded(True)),
     Contender("FSDP2, kept", True, _sharded(False)),
-    Contender("FSDP2, kept, gradients summed in bf16", True, _sharded(False, "same")),
+    Contender("FSDP2, kept, NCCL's kernels", True, _sharded(False, direct=False)),
 )
 
 # By suite: a model, rows a GPU, tokens a row.

@@ -30,6 +30,7 @@ VARIANTS = {
     "replicas": ["parallel.replicas=2", "training.recompute=cheap"],
     "muon, blocks": ["training.optimizer=muon", "training.recompute=blocks"],
     "lora": ["lora.rank=2", "parallel.reshard_after_forward=true"],
+    "FSDP2's collectives": ["parallel.direct=false"],
     "chats": ["data.documents=separate", "training.spike_sigmas=9"],
 }
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fusedlm.models import DecoderModel
+from fusedlm.training.collectives import DirectAllGather, DirectReduceScatter, nccl_options
 from fusedlm.training.config import ParallelConfig
 from fusedlm.training.ranks import Ranks
 
@@ -31,7 +32,10 @@ def shard(model: DecoderModel, parallel: ParallelConfig, ranks: Ranks) -> None:
         mesh = init_device_mesh(kind, sizes, mesh_dim_names=("replicate", "shard"))
     else:
         mesh = init_device_mesh(kind, (ranks.size,), mesh_dim_names=("shard",))
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if parallel.reduce_dtype == "fp32" else None)
+    direct = parallel.direct and parallel.replicas == 1 and ranks.one_host
+    # Sums of what was exchanged are in fp32, whatever travels.
+    widened = parallel.reduce_dtype == "fp32" and not direct
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if widened else None)
     options = {"mesh": mesh, "mp_policy": policy}
     last = len(model.blocks) - 1
     for number, block in enumerate(model.blocks):
@@ -43,6 +47,20 @@ def shard(model: DecoderModel, parallel: ParallelConfig, ranks: Ranks) -> None:
     fully_shard(model, reshard_after_forward=False, **options)  # type: ignore[call-overload]
     # The one method that training calls. Of two inside each other the order of backward's gathering comes out wrong.
     register_fsdp_forward_method(model, "loss")
+    if direct:
+        among = mesh.get_group() if kind == "cuda" and _reach_each_other(ranks) else None
+        for module in (*model.blocks, model):
+            module.set_custom_reduce_scatter(DirectReduceScatter(among))
+            if among is not None:
+                module.set_custom_all_gather(DirectAllGather(among))
+
+
+def _reach_each_other(ranks: Ranks) -> bool:
+    """Whether the GPUs of this host can all write to each other's memory, and NCCL can. All ranks say the same."""
+    here = ranks.device.index
+    others = (number for number in range(torch.cuda.device_count()) if number != here)
+    reached = all(torch.cuda.can_device_access_peer(here, other) for other in others)
+    return not ranks.any(not (reached and nccl_options() is not None))
 
 
 def fill(model: nn.Module, whole: nn.Module | None, ranks: Ranks) -> None:

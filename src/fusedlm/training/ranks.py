@@ -10,12 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fusedlm.training.collectives import nccl_options
+
 
 @dataclass(frozen=True)
 class Ranks:
     """This process among those of a run.
 
     control, saving: groups on the CPU, for what the host decides, and for a thread that saves; None of one alone.
+    one_host: whether all are on one.
     """
 
     rank: int
@@ -23,6 +26,7 @@ class Ranks:
     device: torch.device
     control: Any = None
     saving: Any = None
+    one_host: bool = True
 
     @property
     def first(self) -> bool:
@@ -56,6 +60,14 @@ class Ranks:
         return values
 
 
+def open_group(place: torch.device) -> None:
+    """The process group of all ranks. place: this one's device."""
+    if place.type == "cuda":
+        dist.init_process_group("cpu:gloo,cuda:nccl", pg_options=nccl_options())
+    else:
+        dist.init_process_group("gloo")
+
+
 @contextmanager
 def join_ranks(device: str = "auto") -> Iterator[Ranks]:
     """The ranks that torchrun started, or this process alone. A process group that is there already is used and stays.
@@ -79,11 +91,14 @@ def join_ranks(device: str = "auto") -> Iterator[Ranks]:
         return
     ours = not dist.is_initialized()
     if ours:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
+        open_group(place)
     groups: list[Any] = []
     try:
         groups += [dist.new_group(backend="gloo") for _ in range(2)]
-        yield Ranks(dist.get_rank(), dist.get_world_size(), place, *groups)
+        size = dist.get_world_size()
+        control, saving = groups
+        one_host = int(os.environ["LOCAL_WORLD_SIZE"]) == size  # torchrun's
+        yield Ranks(dist.get_rank(), size, place, control, saving, one_host)
         # Together: torchrun ends all processes when one has failed, and one that exits right behind a collective can
         # crash, for gloo's threads then ask a Python that is gone to let go of tensors.
         dist.barrier(group=groups[0])
