@@ -44,7 +44,7 @@ CONTENDERS = (
     Contender("one GPU, without a graph", False, graph=False),
     Contender("FSDP2, gathered twice", True, _sharded(True)),
     Contender("FSDP2, kept", True, _sharded(False)),
-    Contender("FSDP2, kept, NCCL's kernels", True, _sharded(False, direct=False)),
+    Contender("FSDP2, kept, direct", True, _sharded(False, direct=True)),
 )
 
 # By suite: a model, rows a GPU, tokens a row.

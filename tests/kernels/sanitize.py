@@ -5,11 +5,12 @@
 Ops run forward and backward on the contract's shapes, in bf16 and fp32, with every tensor an allocation of its own, so
 that a read past its end is one. The exit status is 1 where something is found, 2 where there is no compute-sanitizer.
 Under racecheck the kernels for every GPU serve in place of those for Hopper: it does not follow how warps of these wait
-for each other (docs/kernels/README.md says why they may). For the same reason cuBLAS's products are left out of it.
+for each other (docs/kernels/README.md says why they may). What it says of cuBLAS's own kernels does not count.
 """
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -55,6 +56,17 @@ def run(names: list[str]) -> None:
     torch.cuda.synchronize()
 
 
+def only_of_others(report: str) -> bool:
+    """Whether all that racecheck reports, and it shows all, is between accesses of cuBLAS's kernels."""
+    shown = re.search(r"RACECHECK SUMMARY: (\d+) hazards? displayed \((\d+) errors?, (\d+) warnings?\)", report)
+    kernels = re.findall(r"access at ([^\s+]+)\+0x", report)
+    if shown is None or not kernels:
+        return False
+    displayed, errors, warnings = map(int, shown.groups())
+    everything = displayed == errors + warnings == report.count("Race reported between")
+    return everything and all(kernel.startswith("nvjet_") for kernel in kernels)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="ops; all where none is named")
@@ -77,15 +89,16 @@ def main() -> int:
         command = [sys.executable, __file__, "--run", kernels, *names]
         subprocess.run(command, check=True, env=environment)  # compiles, so that the watched run need not
         start = time.perf_counter()
-        others = ["--kernel-name-exclude", "kernel_substring=nvjet"] if tool == "racecheck" else []
-        watched = [sanitizer, "--tool", tool, *others, "--error-exitcode", str(FOUND), "--print-limit", "5", *command]
+        limits = ["--error-exitcode", str(FOUND), "--print-limit", "100"]
+        watched = [sanitizer, "--tool", tool, *limits, *command]
         done = subprocess.run(watched, env=environment, capture_output=True, text=True)
         left_out = ", without the kernels for Hopper" if kernels == "no-hopper" else ""
-        found = "clean" if done.returncode == 0 else "FAILED"
-        print(f"{tool}: {found}, {time.perf_counter() - start:.0f} s{left_out}")
+        report = done.stdout + done.stderr
+        clean = done.returncode == 0 or (done.returncode == FOUND and only_of_others(report))
+        print(f"{tool}: {'clean' if clean else 'FAILED'}, {time.perf_counter() - start:.0f} s{left_out}")
         if done.returncode:
-            failed = True
-            print((done.stdout + done.stderr)[-4000:])
+            failed |= not clean
+            print(report[-4000:])
     return int(failed)
 
 

@@ -30,14 +30,14 @@ VARIANTS = {
     "replicas": ["parallel.replicas=2", "training.recompute=cheap"],
     "muon, blocks": ["training.optimizer=muon", "training.recompute=blocks"],
     "lora": ["lora.rank=2", "parallel.reshard_after_forward=true"],
-    "FSDP2's collectives": ["parallel.direct=false"],
+    "direct": ["parallel.direct=true"],
     "chats": ["data.documents=separate", "training.spike_sigmas=9"],
 }
 
 
 BF16 = {
     f"bf16, {optimizer}": ["training.precision=bf16", f"training.optimizer={optimizer}"] for optimizer in OPTIMIZERS
-}
+} | {"bf16, direct": ["training.precision=bf16", "parallel.direct=true"]}
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,11 @@ def test_two_hundred_steps(device: str, configure: Callable[..., Any], heard_of:
 
     settings = ["training.steps=200", "training.precision=fp32", "training.lr=3e-3", "checkpoints.interval=100"]
     settings += ["model.width=64", "training.batch_size=8"]
-    stages = {f"reshard {again}": [f"parallel.reshard_after_forward={again}"] for again in ("true", "false")}
+    stages = {
+        f"reshard {again}, direct {direct}": [f"parallel.reshard_after_forward={again}", f"parallel.direct={direct}"]
+        for again in ("true", "false")
+        for direct in ("true", "false")
+    }
     specs = []
     for name, more in stages.items():
         sections = configure(*settings, *more).model_dump(exclude_none=True)

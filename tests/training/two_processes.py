@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fusedlm.training import run
 from fusedlm.training.config import make_config
 from fusedlm.training.judge import TrainingError
-from fusedlm.training.ranks import open_group
 
 
 class Gathers(TorchDispatchMode):
@@ -67,11 +66,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     specs = json.loads(sys.argv[1])
     devices = {spec.get("device", "cpu") for spec in specs}
-    place = torch.device("cpu")
     if "cuda" in devices:
-        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(place)
-    open_group(place)  # once for all runs
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in devices else "gloo")  # once for all runs
     if os.environ["RANK"] != "0":
         del run.first_model  # none but the first makes a whole model
     for spec in specs:

@@ -5,7 +5,9 @@ then takes twice its time. The copy engines move the same bytes and take none: N
 exchanging (2.28 and later: `NCCL_CTA_POLICY_ZERO`, symmetric memory), and a sum is an exchange and a short kernel.
 """
 
+from collections import defaultdict, deque
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -14,59 +16,80 @@ from torch import Tensor
 
 
 def nccl_options() -> Any:
-    """Of a process group whose collectives leave the multiprocessors alone where they can; None for NCCL's defaults."""
-    if not hasattr(dist.ProcessGroupNCCL, "NCCL_CTA_POLICY_ZERO"):
-        return None
-    options: Any = dist.ProcessGroupNCCL.Options()
-    options.config.cta_policy = dist.ProcessGroupNCCL.NCCL_CTA_POLICY_ZERO
+    """Of a process group whose collectives take no multiprocessors where they can."""
+    nccl: Any = dist.ProcessGroupNCCL
+    options = nccl.Options()
+    options.config.cta_policy = nccl.NCCL_CTA_POLICY_ZERO
     return options
 
 
-class _Shared:
-    """Buffers of collectives. among: the group whose GPUs reach each other's memory; None for buffers as any other."""
+class SharedMemory:
+    """Memory of a group's GPUs that they reach from each other.
 
-    def __init__(self, among: Any = None) -> None:
-        self.among = among
-        if among is not None:
-            from torch.distributed import _symmetric_memory as symmetric_memory
+    Every rank must ask for the same buffers in the same order, for the first of one belongs to the first of another. So
+    they are kept and used again by number, and not given back: which of two free blocks an allocator takes depends on
+    their addresses, which ranks do not share.
+    """
 
-            symmetric_memory.set_backend("NCCL")
-            self.memory = symmetric_memory
-            dist.barrier(among)  # NCCL's communicator is made by its first collective, and a rendezvous needs it
+    def __init__(self, group: Any, device: torch.device) -> None:
+        from torch.distributed import _symmetric_memory as symmetric_memory
 
-    def buffer(self, size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        if self.among is None:
+        symmetric_memory.set_backend("NCCL")
+        self.group, self.device, self.memory = group, device, symmetric_memory
+        dist.all_reduce(torch.zeros(1, device=device), group=group)  # makes the communicator, which a rendezvous needs
+
+    def buffer(self, count: int) -> Tensor:
+        """Of so many bytes."""
+        with torch.cuda.use_mem_pool(self.memory.get_mem_pool(self.device)):
+            buffer = torch.empty(count, dtype=torch.uint8, device=self.device)
+        self.memory.rendezvous(buffer, group=self.group.group_name)
+        return buffer
+
+
+class _InTurn:
+    """Buffers of a collective: of every size a number of them, in turn. memory: None for new ones every time."""
+
+    def __init__(self, memory: SharedMemory | None, number: int) -> None:
+        self.memory, self.number = memory, number
+        self._buffers: defaultdict[int, deque[Tensor]] = defaultdict(deque)
+
+    def __call__(self, size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        if self.memory is None:
             return torch.empty(size, dtype=dtype, device=device)
-        with torch.cuda.use_mem_pool(self.memory.get_mem_pool(device)):
-            return torch.empty(size, dtype=dtype, device=device)
+        count = prod(size) * dtype.itemsize
+        buffers = self._buffers[count]
+        if len(buffers) < self.number:
+            buffers.append(self.memory.buffer(count))
+        else:
+            buffers.rotate(-1)
+        return buffers[-1].view(dtype).view(*size)
 
-    def meet(self, *buffers: Tensor) -> None:
-        """Make them known to the group; every rank must call it with its own of the same size."""
-        if self.among is not None:
-            for buffer in buffers:
-                self.memory.rendezvous(buffer, group=self.among.group_name)
 
+class DirectAllGather:
+    """For `FSDPModule.set_custom_all_gather`: every rank writes its part into the others' memory.
 
-class DirectAllGather(_Shared):
-    """For `FSDPModule.set_custom_all_gather`: every rank writes its part into the others' memory."""
+    number: of buffers, by how many modules one is gathered ahead of the last that still is copied from its buffer.
+    """
+
+    def __init__(self, memory: SharedMemory, number: int) -> None:
+        self._buffer = _InTurn(memory, number)
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return self.buffer(size, dtype, device)
+        return self._buffer(size, dtype, device)
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
-        self.meet(output_tensor)  # the input is a part of it
         return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
-class DirectReduceScatter(_Shared):
+class DirectReduceScatter:
     """For `FSDPModule.set_custom_reduce_scatter`: every rank gets the parts that are its own, and sums them in fp32.
 
     Numbers travel as they are, so 16-bit gradients take half the bytes that a sum in fp32 under way would, and are
-    rounded once. Sums are over ranks in their order.
+    rounded once. Sums are over ranks in their order. One for all modules: FSDP sums for one at a time.
     """
 
-    def __init__(self, among: Any = None) -> None:
-        super().__init__(among)
+    def __init__(self, memory: SharedMemory | None = None) -> None:
+        self._sent, self._received = _InTurn(memory, 1), _InTurn(memory, 1)
         self._input_is_there = False
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -74,7 +97,7 @@ class DirectReduceScatter(_Shared):
         if self._input_is_there:
             return torch.empty(size, dtype=dtype, device=device)
         self._input_is_there = True
-        return self.buffer(size, dtype, device)
+        return self._sent(size, dtype, device)
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
@@ -82,8 +105,7 @@ class DirectReduceScatter(_Shared):
         assert op in (dist.ReduceOp.AVG, dist.ReduceOp.SUM), op
         assert not async_op
         self._input_is_there = False
-        received = self.buffer(input_tensor.shape, input_tensor.dtype, input_tensor.device)
-        self.meet(input_tensor, received)
+        received = self._received(input_tensor.shape, input_tensor.dtype, input_tensor.device)
         dist.all_to_all_single(received, input_tensor, group=group)
         parts = received.view(dist.get_world_size(group), -1)
         reduce = torch.mean if op == dist.ReduceOp.AVG else torch.sum

@@ -148,13 +148,14 @@ class CheckpointConfig(_Section):
 
 class ParallelConfig(_Section):
     """Under torchrun. reshard_after_forward: let go of weights between forward and backward (ZeRO stage 3, else 2).
-    replicas: groups of GPUs that each hold the whole, sharded within (HSDP). direct: GPUs of a single host write to
-    each other's memory, without NCCL's kernels, and sum in fp32. reduce_dtype: of gradients' sums otherwise."""
+    replicas: groups of GPUs that each hold the whole, sharded within (HSDP). reduce_dtype: of gradients' sums.
+    direct: GPUs of a single host write to each other's memory, without NCCL's kernels, and sum gradients in fp32; it
+    is being tried, see docs/training.md."""
 
     reshard_after_forward: bool = True
     replicas: int = Field(default=1, ge=1)
-    direct: bool = True
     reduce_dtype: Literal["fp32", "same"] = "fp32"
+    direct: bool = False
 
 
 class LoRAConfig(_Section):

@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from fusedlm.models import DecoderModel
-from fusedlm.training.collectives import DirectAllGather, DirectReduceScatter, nccl_options
+from fusedlm.training.collectives import DirectAllGather, DirectReduceScatter, SharedMemory, nccl_options
 from fusedlm.training.config import ParallelConfig
 from fusedlm.training.ranks import Ranks
 
@@ -27,12 +28,14 @@ def shard(model: DecoderModel, parallel: ParallelConfig, ranks: Ranks) -> None:
     if ranks.size % parallel.replicas:
         raise ValueError(f"parallel.replicas is {parallel.replicas}; expected a divisor of {ranks.size} processes")
     kind = ranks.device.type
+    direct = parallel.direct and parallel.replicas == 1 and ranks.one_host
+    shared = direct and kind == "cuda" and _reach_each_other(ranks)
     if parallel.replicas > 1:
         sizes = (parallel.replicas, ranks.size // parallel.replicas)
         mesh = init_device_mesh(kind, sizes, mesh_dim_names=("replicate", "shard"))
     else:
-        mesh = init_device_mesh(kind, (ranks.size,), mesh_dim_names=("shard",))
-    direct = parallel.direct and parallel.replicas == 1 and ranks.one_host
+        override: Any = {"shard": ("nccl", nccl_options())} if shared else None
+        mesh = init_device_mesh(kind, (ranks.size,), mesh_dim_names=("shard",), backend_override=override)
     # Sums of what was exchanged are in fp32, whatever travels.
     widened = parallel.reduce_dtype == "fp32" and not direct
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if widened else None)
@@ -48,11 +51,17 @@ def shard(model: DecoderModel, parallel: ParallelConfig, ranks: Ranks) -> None:
     # The one method that training calls. Of two inside each other the order of backward's gathering comes out wrong.
     register_fsdp_forward_method(model, "loss")
     if direct:
-        among = mesh.get_group() if kind == "cuda" and _reach_each_other(ranks) else None
-        for module in (*model.blocks, model):
-            module.set_custom_reduce_scatter(DirectReduceScatter(among))
-            if among is not None:
-                module.set_custom_all_gather(DirectAllGather(among))
+        memory = SharedMemory(mesh.get_group(), ranks.device) if shared else None
+        blocks: list[Any] = list(model.blocks)
+        whole: Any = model
+        reduce_scatter = DirectReduceScatter(memory)
+        for module in (*blocks, whole):
+            module.set_custom_reduce_scatter(reduce_scatter)
+        if memory is not None:
+            all_gather = DirectAllGather(memory, 2)  # one block is gathered while the one before it is copied
+            for block in blocks:
+                block.set_custom_all_gather(all_gather)
+            whole.set_custom_all_gather(DirectAllGather(memory, 1))
 
 
 def _reach_each_other(ranks: Ranks) -> bool:
@@ -60,7 +69,7 @@ def _reach_each_other(ranks: Ranks) -> bool:
     here = ranks.device.index
     others = (number for number in range(torch.cuda.device_count()) if number != here)
     reached = all(torch.cuda.can_device_access_peer(here, other) for other in others)
-    return not ranks.any(not (reached and nccl_options() is not None))
+    return not ranks.any(not (reached and hasattr(dist.ProcessGroupNCCL, "NCCL_CTA_POLICY_ZERO")))
 
 
 def fill(model: nn.Module, whole: nn.Module | None, ranks: Ranks) -> None:

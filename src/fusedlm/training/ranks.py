@@ -10,8 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusedlm.training.collectives import nccl_options
-
 
 @dataclass(frozen=True)
 class Ranks:
@@ -60,14 +58,6 @@ class Ranks:
         return values
 
 
-def open_group(place: torch.device) -> None:
-    """The process group of all ranks. place: this one's device."""
-    if place.type == "cuda":
-        dist.init_process_group("cpu:gloo,cuda:nccl", pg_options=nccl_options())
-    else:
-        dist.init_process_group("gloo")
-
-
 @contextmanager
 def join_ranks(device: str = "auto") -> Iterator[Ranks]:
     """The ranks that torchrun started, or this process alone. A process group that is there already is used and stays.
@@ -91,7 +81,7 @@ def join_ranks(device: str = "auto") -> Iterator[Ranks]:
         return
     ours = not dist.is_initialized()
     if ours:
-        open_group(place)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
     groups: list[Any] = []
     try:
         groups += [dist.new_group(backend="gloo") for _ in range(2)]
