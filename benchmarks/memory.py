@@ -103,6 +103,12 @@ def memory_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def memory_block(results: dict[str, Any]) -> str:
+    """The table, and what was measured on."""
+    about = results["environment"]
+    return f"{memory_table(results['rows'])}\n\n{about['gpu']}, torch {about['torch']}, {about['date']}."
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks memory", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for memory.json")

@@ -3,21 +3,23 @@
 Two pages are made whole. In all others (and in the README.md beside the folder) what stands between a line
 `<!-- figures: op, op -->` and a line `<!-- end -->` is replaced by these ops' figures, by those of every size where the
 first line ends with `(all sizes) -->`. Where it is `<!-- figures: summary -->` there is one sentence and the picture of
-all ops; where it names one of `cpu.BLOCKS` or `training_report.BLOCKS`, those; and for `<!-- figures: forward -->`
-the table of `python -m benchmarks forward`.
+all ops; where it names one of `cpu.BLOCKS` or `training_report.BLOCKS`, those; and for `<!-- figures: forward -->` and
+`<!-- figures: memory -->` the tables of `python -m benchmarks forward` and `memory`.
 """
 
 import argparse
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import training_report
 from benchmarks.cpu import BLOCKS
 from benchmarks.forward import forward_table
+from benchmarks.memory import memory_block
 from benchmarks.tables import LEFT, embedding_table, figures, host_table, ops_table, summary, transformers_table
 
 RESULTS = Path(__file__).parent / "results"
@@ -109,16 +111,8 @@ Made by `python -m benchmarks report` from benchmarks/results/ops.json. Sizes ar
 """
 
 
-def fill(
-    page: Path,
-    results: dict[str, Any],
-    docs: Path,
-    decode: dict[str, Any] | None = None,
-    training: Mapping[str, Any] | None = None,
-    forward: Mapping[str, Any] | None = None,
-) -> str | None:
-    """A page with its figures' blocks made anew; None where it has none. decode: what `fusedlm bench` measured;
-    training: what `python -m benchmarks training` did, by suite; forward: what `python -m benchmarks forward` did.
+def fill(page: Path, results: dict[str, Any], docs: Path, blocks: Mapping[str, Callable[[], str]]) -> str | None:
+    """A page with its figures' blocks made anew; None where it has none. blocks: those that are not of ops, by name.
 
     Raises ValueError for a block without an end, or of an op that was not measured.
     """
@@ -142,12 +136,8 @@ def fill(
                 made = summary(results["rows"], machine)
                 picture = Path(os.path.relpath(docs / "ops.png", page.parent)).as_posix()
                 made += f"\n\n![Time of the fastest peer over ours, for every op]({picture})"
-            elif decode is not None and block in BLOCKS and BLOCKS[block][0] in decode:
-                made = BLOCKS[block][1](decode)
-            elif forward is not None and block == "forward":
-                made = forward_table(forward)
-            elif training and block in training_report.BLOCKS:
-                made = training_report.BLOCKS[block](training)
+            elif block in blocks:
+                made = blocks[block]()
             elif set(ops) <= measured:
                 made = figures(results["rows"], ops, machine, whole=block.endswith(" (all sizes)"))
             else:
@@ -163,21 +153,37 @@ def _read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def _blocks(results: Path, training: Mapping[str, Any]) -> dict[str, Callable[[], str]]:
+    """What can be made of a folder of results beside figures of ops. training: its training suites."""
+    blocks: dict[str, Callable[[], str]] = {}
+    if (results / "decode_cpu.json").exists():
+        decode = _read(results / "decode_cpu.json")
+        blocks |= {name: partial(make, decode) for name, (part, make) in BLOCKS.items() if part in decode}
+    if (results / "forward.json").exists():
+        blocks["forward"] = partial(forward_table, _read(results / "forward.json"))
+    if (results / "memory.json").exists():
+        blocks["memory"] = partial(memory_block, _read(results / "memory.json"))
+    if training:
+        blocks |= {name: partial(make, training) for name, make in training_report.BLOCKS.items()}
+    return blocks
+
+
 def write_report(results: Path, docs: Path, *, plots: bool = True) -> list[Path]:
     """Write all that a folder of results gives into docs; returns what was written. plots: needs matplotlib."""
     ops = _read(results / "ops.json")
     refuse_cached(ops)
-    host, transformers, decode, forward = (
+    host, transformers, decode = (
         _read(results / name) if (results / name).exists() else None
-        for name in ("host.json", "transformers.json", "decode_cpu.json", "forward.json")
+        for name in ("host.json", "transformers.json", "decode_cpu.json")
     )
     training = {found["suite"]: found for found in map(_read, sorted(results.glob("training_*.json")))}
     names = list(dict.fromkeys(row["op"] for row in ops["rows"]))
     pages = {docs / "kernels/results.md": ops_page(ops, names if plots else [], host, transformers)}
     if "embedding" in names:
         pages[docs / "kernels/embedding_results.md"] = embedding_page(ops)
+    blocks = _blocks(results, training)
     for page in (docs.parent / "README.md", *sorted(docs.rglob("*.md"))):
-        filled = fill(page, ops, docs, decode, training, forward) if page not in pages and page.exists() else None
+        filled = fill(page, ops, docs, blocks) if page not in pages and page.exists() else None
         if filled is not None:
             pages[page] = filled
     for path, text in pages.items():
@@ -208,7 +214,7 @@ def main(arguments: list[str]) -> None:
         "--results",
         type=Path,
         default=RESULTS,
-        help="folder with ops.json (and host.json, transformers.json, decode_cpu.json, forward.json, training_*.json)",
+        help="folder with ops.json, and with what else there is of the others' results",
     )
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder to write into")
     options = parser.parse_args(arguments)

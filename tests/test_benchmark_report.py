@@ -228,6 +228,16 @@ def test_forward_passes_have_a_block_of_their_own(pages: Path) -> None:
     assert "later" not in steps
 
 
+def test_plans_beside_what_was_measured(pages: Path) -> None:
+    setup = {"preset": "gpt2", "batch": 8, "context": 1024, "recompute": "cheap"}
+    rows = [{"setup": setup, "measured": 2 * 2**30, "planned": 2.5 * 2**30, "off": 0.25}]
+    (pages / "memory.json").write_text(json.dumps({"environment": MACHINE, "rows": rows}))
+    page = pages / "docs/blocks.md"
+    page.write_text("<!-- figures: memory -->\n<!-- end -->\n")
+    write_report(pages, pages / "docs", plots=False)
+    assert "| gpt2, 8 x 1024, recompute=cheap | 2.00 | 2.50 | +25.0% |\n\nG, torch 2, today." in page.read_text()
+
+
 def test_there_is_no_summary_of_what_nobody_was_compared_with() -> None:
     with pytest.raises(ValueError, match="no forward pass beside a peer"):
         summary([measured("fusedlm", 1e-5)], "a GPU")
