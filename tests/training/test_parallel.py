@@ -136,6 +136,12 @@ def test_two_hundred_steps(device: str, configure: Callable[..., Any], heard_of:
         assert resumed.losses == pytest.approx(losses[100:], abs=1e-3)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_direct_collectives_overlap() -> None:
+    done = torchrun("", "direct_collectives.py")
+    assert done.returncode == 0, done.stderr[-5000:]
+
+
 def test_a_checkpoint_goes_on_with_another_number_of_processes(
     two: Path, run: Callable[..., Any], tmp_path: Path, dataset_folder: Path
 ) -> None:
