@@ -26,6 +26,7 @@ Build = Callable[..., DecoderModel]
 
 GPT2, LLAMA = (replace(PRESETS[name], context_length=600) for name in ("tiny-gpt2", "tiny-llama"))
 CONFIGS = {
+    "gpt2-no-biases": replace(GPT2, bias=False),
     "gpt2": GPT2,
     "gpt2-odd": replace(GPT2, width=123, head_dim=25, n_kv_heads=2, mlp_width=333, vocab_size=517),
     "gpt2-multi-query": replace(GPT2, n_kv_heads=1, head_dim=24),

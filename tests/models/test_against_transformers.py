@@ -5,6 +5,7 @@ softmax go through float32) and to 1e-10 with those casts patched away."""
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 from fusedlm.checkpoint.huggingface import load_huggingface, new_directory, save_huggingface
-from fusedlm.models import DecoderModel
+from fusedlm.models import DecoderModel, GPT2Config, build_model
 
 CPU = torch.device("cpu")
 WIDTHS = (60, 64, 96, 120, 192, 256, 384, 760, 768)
@@ -197,6 +198,25 @@ def test_written(kind: str, seed: int, tmp_path: Path) -> None:
     auto = transformers.AutoModelForCausalLM
     back = auto.from_pretrained(tmp_path / "ours", attn_implementation="eager", dtype=torch.float64).eval()
     assert relative_error(their_logits(back, ids), their_logits(theirs, ids)) < 1e-13
+
+
+def test_gpt2_without_biases_is_written_with_zeros(tmp_path: Path) -> None:
+    """Transformers computes its logits, and so does what we read back."""
+    sizes = {"context_length": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "head_dim": 12, "width": 48}
+    config = GPT2Config(vocab_size=97, mlp_width=192, norm_eps=1e-5, tied=True, bias=False, **sizes)
+    ours = build_model(config)
+    ours.init_weights(torch.Generator().manual_seed(5))
+    ours = ours.to(torch.float64).eval()
+    assert not [name for name, _ in ours.named_parameters() if name.endswith("bias")]
+    ids = torch.randint(0, 97, (2, 29), generator=torch.Generator().manual_seed(6))
+    with new_directory(tmp_path / "ours") as folder:
+        save_huggingface(ours, folder)
+    auto = transformers.AutoModelForCausalLM
+    theirs = auto.from_pretrained(tmp_path / "ours", attn_implementation="eager", dtype=torch.float64).eval()
+    assert relative_error(our_logits(ours, ids), their_logits(theirs, ids)) < 1e-13
+    back = load_huggingface(tmp_path / "ours", dtype=torch.float64, device=CPU)
+    assert back.config == replace(config, bias=True)
+    assert relative_error(our_logits(back, ids), their_logits(theirs, ids)) < 1e-13
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])

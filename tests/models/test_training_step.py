@@ -25,6 +25,9 @@ from fusedlm.models import DecoderModel, GPT2Config, LlamaConfig, RopeScaling, b
 SIZES: dict[str, Any] = {"context_length": 96, "n_layers": 2, "n_heads": 4, "head_dim": 16, "width": 64}
 CONFIGS = {
     "gpt2": GPT2Config(vocab_size=211, n_kv_heads=4, mlp_width=256, norm_eps=1e-5, tied=True, **SIZES),
+    "gpt2, no biases": GPT2Config(
+        vocab_size=211, n_kv_heads=4, mlp_width=256, norm_eps=1e-5, tied=True, bias=False, **SIZES
+    ),
     "llama": LlamaConfig(
         vocab_size=211,
         n_kv_heads=2,
@@ -89,7 +92,9 @@ def test_the_loss_is_that_of_the_logits_and_so_are_its_gradients(name: str) -> N
         assert far < 1e-5, f"{path}: gradient is {far:.2g} off"
 
 
-@pytest.mark.parametrize(("name", "tied"), [("gpt2", True), ("llama", False), ("llama", True)])
+@pytest.mark.parametrize(
+    ("name", "tied"), [("gpt2", True), ("gpt2, no biases", True), ("llama", False), ("llama", True)]
+)
 def test_the_kernels_gradients(name: str, tied: bool) -> None:
     pytest.importorskip("triton", reason="the kernels need Triton")
     ids, targets = tokens(2, 16)

@@ -16,6 +16,7 @@ from fusedlm.planner.tokens import ALPHA, BETA, A, B
 
 ODD = {
     "gpt2, grouped": replace(PRESETS["tiny-gpt2"], n_kv_heads=2, mlp_width=200),
+    "gpt2, no biases": replace(PRESETS["tiny-gpt2"], bias=False),
     "gpt2, untied": replace(PRESETS["tiny-gpt2"], tied=False),
     "llama, wide heads": replace(PRESETS["tiny-llama"], head_dim=40, tied=False),
 }

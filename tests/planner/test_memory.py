@@ -36,6 +36,8 @@ CASES: list[dict[str, Any]] = [
     {"preset": "gpt2", "batch": 32, "context": 1024, "recompute": "blocks"},
     {"preset": "gpt2", "batch": 4, "context": 1024, "dtype": "fp32", "dropout": 0.1},
     {"preset": "gpt2", "batch": 1, "context": 64},
+    {"preset": "gpt2", "batch": 32, "context": 1024, "config": {"bias": False}},
+    {"preset": "gpt2", "batch": 4, "context": 1024, "dtype": "fp32", "config": {"bias": False, "n_layers": 2}},
     {"preset": "gpt2", "batch": 8, "context": 1024, "accumulate": True},
     {"preset": "gpt2", "batch": 8, "context": 1024, "dtype": "fp16"},
     {"preset": "gpt2", "batch": 1, "context": 64, "dtype": "fp16"},

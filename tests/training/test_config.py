@@ -1,5 +1,6 @@
 """Settings: presets, TOML, overrides, and what is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,9 @@ def test_files_and_names_that_are_refused(tmp_path: Path) -> None:
 def test_models_from_sizes() -> None:
     gpt2 = model_config(make_config("shakespeare-char").model, 65)
     assert isinstance(gpt2, GPT2Config)
-    assert (gpt2.vocab_size, gpt2.head_dim, gpt2.mlp_width, gpt2.n_kv_heads) == (65, 64, 1536, 6)
+    assert (gpt2.vocab_size, gpt2.head_dim, gpt2.mlp_width, gpt2.n_kv_heads, gpt2.bias) == (65, 64, 1536, 6, False)
+    with_biases = model_config(make_config("shakespeare-char", overrides=["model.bias=true"]).model, 65)
+    assert with_biases == replace(gpt2, bias=True)
     sizes = {"n_layers": 2, "n_heads": 4, "width": 96, "context_length": 32}
     llama = model_config(ModelSettings(architecture="llama", n_kv_heads=2, **sizes), 100)
     assert isinstance(llama, LlamaConfig)
@@ -98,6 +101,8 @@ def test_models_from_sizes() -> None:
         model_config(ModelSettings(preset="gpt22"), 10)
     with pytest.raises(ValueError, match="rope_theta is given for GPT-2"):
         model_config(ModelSettings(preset="gpt2", rope_theta=1.0), 10)
+    with pytest.raises(ValueError, match=r"model\.bias is true for Llama, which has no biases"):
+        model_config(ModelSettings(preset="tiny-llama", bias=True), 10)
 
 
 def test_defaults_are_a_configuration() -> None:

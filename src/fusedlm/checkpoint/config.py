@@ -87,6 +87,7 @@ def _gpt2(keys: _Keys) -> GPT2Config:
         mlp_width=keys.integer("n_inner", 4 * width),
         norm_eps=keys.number("layer_norm_epsilon", 1e-5),
         tied=keys.boolean("tie_word_embeddings", True),
+        bias=keys.boolean("bias", True),
     )
 
 
@@ -159,6 +160,8 @@ def config_to_huggingface(config: ModelConfig, dtype: torch.dtype) -> dict[str, 
             "n_inner": config.mlp_width,
             "layer_norm_epsilon": config.norm_eps,
         }
+        if not config.bias:
+            values["bias"] = False
     elif isinstance(config, LlamaConfig):
         values |= {
             "model_type": "llama",

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from fusedlm.checkpoint.config import config_from_huggingface, config_to_hugging
 from fusedlm.checkpoint.errors import CheckpointError
 from fusedlm.checkpoint.names import NameMap, huggingface_names
 from fusedlm.checkpoint.parameters import load_parameters
-from fusedlm.models import DecoderModel, ModelConfig
+from fusedlm.models import DecoderModel, GPT2Config, ModelConfig
 
 CHECKSUMS = "fusedlm.sha256"  # key in the safetensors metadata: a JSON object, tensor name to hexadecimal digest
 
@@ -207,9 +208,13 @@ def load_huggingface(directory: Path, *, dtype: torch.dtype, device: torch.devic
 
 def _file_tensors(model: DecoderModel, names: NameMap) -> Iterator[tuple[str, Tensor]]:
     parameters = dict(model.named_parameters())
+    weight = model.embedding.weight
     for ours, pieces in names.items():
         for piece in pieces:
-            rows = parameters[ours].detach()[piece.start : piece.stop]
+            if ours in parameters:
+                rows = parameters[ours].detach()[piece.start : piece.stop]
+            else:  # a bias that the file's form has, and the model has not
+                rows = weight.new_zeros(piece.stop - piece.start)
             yield piece.name, rows.t() if piece.transposed else rows
 
 
@@ -245,11 +250,13 @@ def save_huggingface(
     """Write config.json, generation_config.json and safetensors into an existing folder (see `new_directory`).
 
     `transformers` loads them and computes the same logits; GPT-2 with grouped heads, which it does not know, is saved
-    for us alone. Tensors are written in the model's dtype, in shards of at most max_shard_bytes (one tensor at least).
+    for us alone, and GPT-2 without biases with biases of 0. Tensors are written in the model's dtype, in shards of at
+    most max_shard_bytes (one tensor at least).
     """
-    names = huggingface_names(model.config)
+    config = replace(model.config, bias=True) if isinstance(model.config, GPT2Config) else model.config
+    names = huggingface_names(config)
     dtype = model.embedding.weight.dtype
-    _write_json(directory / "config.json", config_to_huggingface(model.config, dtype))
+    _write_json(directory / "config.json", config_to_huggingface(config, dtype))
     if generation_config:
         _write_json(directory / "generation_config.json", dict(generation_config))
     shards: list[list[str]] = [[]]

@@ -54,8 +54,9 @@ def huggingface_names(config: ModelConfig) -> NameMap:
                 theirs = f"transformer.h.{i}.{theirs}"
                 is_matrix = not ours.startswith("norm")
                 names[f"blocks.{i}.{ours}.weight"] = [Piece(f"{theirs}.weight", 0, rows, transposed=is_matrix)]
-                names[f"blocks.{i}.{ours}.bias"] = [Piece(f"{theirs}.bias", 0, rows)]
-        for kind in ("weight", "bias"):
+                if config.bias:
+                    names[f"blocks.{i}.{ours}.bias"] = [Piece(f"{theirs}.bias", 0, rows)]
+        for kind in ("weight", "bias") if config.bias else ("weight",):
             names[f"norm.{kind}"] = [Piece(f"transformer.ln_f.{kind}", 0, C)]
     elif isinstance(config, LlamaConfig):
         names["embedding.weight"] = [Piece("model.embed_tokens.weight", 0, V)]

@@ -48,7 +48,10 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GPT2Config(ModelConfig):
-    """GPT-2 (Radford et al. 2019): learned positions, LayerNorm, biases, tanh-GELU."""
+    """GPT-2 (Radford et al. 2019): learned positions, LayerNorm, tanh-GELU. bias: of products and norms; GPT-2 has
+    them, and nanoGPT's models do not."""
+
+    bias: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

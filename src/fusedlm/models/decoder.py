@@ -99,7 +99,7 @@ class DecoderModel(nn.Module):
                     module.bias.zero_()
             elif isinstance(module, LayerNorm | RMSNorm):
                 module.weight.fill_(1)
-                if isinstance(module, LayerNorm):
+                if isinstance(module, LayerNorm) and module.bias is not None:
                     module.bias.zero_()
 
 

@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019): pre-norm blocks, learned positions, biases everywhere, tanh-GELU."""
+"""GPT-2 (Radford et al. 2019): pre-norm blocks, learned positions, biases everywhere or nowhere, tanh-GELU."""
 
 from typing import Any
 
@@ -14,9 +14,9 @@ class MLP(nn.Module):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.recompute: bool | None = None  # see `mlp`
-        self.up: nn.Module = Linear(config.width, config.mlp_width, bias=True)
+        self.up: nn.Module = Linear(config.width, config.mlp_width, bias=config.bias)
         self.activation = GELU(approximate="tanh")
-        self.down: nn.Module = Linear(config.mlp_width, config.width, bias=True)
+        self.down: nn.Module = Linear(config.mlp_width, config.width, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.up, Linear) and isinstance(self.down, Linear):
@@ -26,9 +26,9 @@ class MLP(nn.Module):
 
 def block(config: GPT2Config, layer: int) -> Block:
     return Block(
-        LayerNorm(config.width, config.norm_eps),
-        Attention(config, layer, bias=True),
-        LayerNorm(config.width, config.norm_eps),
+        LayerNorm(config.width, config.norm_eps, bias=config.bias),
+        Attention(config, layer, bias=config.bias),
+        LayerNorm(config.width, config.norm_eps, bias=config.bias),
         MLP(config),
     )
 
@@ -40,7 +40,7 @@ class GPT2(DecoderModel):
         super().__init__(config, dropout)
         self.positions = Embedding(config.context_length, config.width)
         self.blocks = nn.ModuleList(block(config, layer) for layer in range(config.n_layers))
-        self.norm = LayerNorm(config.width, config.norm_eps)
+        self.norm = LayerNorm(config.width, config.norm_eps, bias=config.bias)
 
     def hidden_states(self, ids: Tensor, cache: Cache | None = None, tied: TiedGradient | None = None) -> Tensor:
         T = ids.shape[1]

@@ -37,10 +37,10 @@ class Layer:
 
     @classmethod
     def of(cls, config: ModelConfig) -> "Layer":
-        C, F, gpt2 = config.width, config.mlp_width, isinstance(config, GPT2Config)
-        heads = config.n_heads * config.head_dim
-        up = F if gpt2 else 2 * F
-        return cls((config.qkv_width, C), (C, heads), (up, C), (C, F), biases=gpt2, norm=2 * C if gpt2 else C)
+        C, F, heads = config.width, config.mlp_width, config.n_heads * config.head_dim
+        up = F if isinstance(config, GPT2Config) else 2 * F
+        biases = isinstance(config, GPT2Config) and config.bias
+        return cls((config.qkv_width, C), (C, heads), (up, C), (C, F), biases=biases, norm=2 * C if biases else C)
 
     def size(self, *matrices: tuple[int, int]) -> int:
         """Parameters of some of the matrices, with their biases."""

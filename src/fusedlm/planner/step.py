@@ -69,7 +69,9 @@ class _Step:
 
         element = self.M * self.e
         self.x = element * config.width  # (M, C)
-        self.by_norms = config.width if self.gpt2 and config.width <= 4096 else 0  # biases whose gradient a norm sums
+        self.by_norms = (
+            config.width if self.layer.biases and config.width <= 4096 else 0
+        )  # biases whose gradient a norm sums
         self.q = element * config.n_heads * config.head_dim  # (M, H * D)
         self.k = element * config.n_kv_heads * config.head_dim  # (M, G * D)
         self.qkv = element * config.qkv_width
@@ -174,7 +176,7 @@ class _Step:
 
     def bias_sums(self, N: int) -> None:
         """Of N biases: partial sums over parts of the rows, in blocks of columns; see kernels/_columns.py."""
-        if self.gpt2:
+        if self.layer.biases:
             blocks = -(-N // min(1 << (N - 1).bit_length(), 256))
             parts = max(4 * self.gpu.sms // blocks, 1)
             self.ledger.give(self.ledger.take("workspace", min(parts, self.M / 8) * N * 4))
@@ -183,7 +185,7 @@ class _Step:
         """Of the biases before GELU: partial sums of the product that makes their gradient; see kernels/linear."""
         if self.gpu.capability != (9, 0) or self.e != 2:
             self.bias_sums(self.layer.up[0])
-        elif self.gpt2:
+        elif self.layer.biases:
             self.ledger.give(self.ledger.take("workspace", 8 * -(-self.M // 256) * self.layer.up[0] * 4))
 
     def divide(self) -> None:

@@ -45,6 +45,7 @@ class ModelSettings(_Section):
 
     preset: sizes by a name of `fusedlm.models.PRESETS`; those given beside it replace its own. Without one,
     architecture and sizes: n_kv_heads as n_heads, mlp_width 4 * width for GPT-2 and 8/3 * width for Llama by default.
+    bias: GPT-2's, in products and norms; false makes the model nanoGPT's.
     init: the weights to begin with, a name or a path as `fusedlm generate --model` takes; it brings its own sizes.
     vocab_size: by default the data's tokenizer's, raised to a multiple of vocab_multiple.
     """
@@ -63,6 +64,7 @@ class ModelSettings(_Section):
     mlp_width: int | None = Field(default=None, ge=1)
     norm_eps: float | None = Field(default=None, gt=0)
     tied: bool | None = None
+    bias: bool | None = None
     rope_theta: float | None = Field(default=None, gt=0)
 
 
@@ -347,7 +349,7 @@ def model_config(settings: ModelSettings, vocab_size: int) -> ModelConfig:
         name: getattr(settings, name)
         for name in (
             *("context_length", "n_layers", "n_heads", "n_kv_heads", "head_dim", "width", "mlp_width", "norm_eps"),
-            *("tied", "rope_theta"),
+            *("tied", "bias", "rope_theta"),
         )
         if getattr(settings, name) is not None
     }
@@ -361,6 +363,8 @@ def model_config(settings: ModelSettings, vocab_size: int) -> ModelConfig:
     kind = type(base) if base is not None else {"gpt2": GPT2Config, "llama": LlamaConfig}[settings.architecture]
     if kind is GPT2Config and "rope_theta" in known:
         raise ValueError("model.rope_theta is given for GPT-2, which has no rotary positions")
+    if kind is LlamaConfig and known.pop("bias", False):
+        raise ValueError("model.bias is true for Llama, which has no biases; expected it for GPT-2 alone")
     return kind(**known)
 
 

@@ -48,7 +48,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         # nanoGPT's config/train_shakespeare_char.py, evaluated on all of the split and not on random parts of it.
         "shakespeare-char": {
             "data": {"sources": ["tinyshakespeare"], "tokenizer": "characters"},
-            "model": {"n_layers": 6, "n_heads": 6, "width": 384, "context_length": 256},
+            "model": {"n_layers": 6, "n_heads": 6, "width": 384, "context_length": 256, "bias": False},
             "training": {
                 "steps": 5000,
                 "batch_size": 64,

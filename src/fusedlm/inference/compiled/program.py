@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fusedlm.inference.cache import KVCache
 from fusedlm.inference.compiled import products, step
+from fusedlm.kernels import LayerNorm
 from fusedlm.models import GPT2, DecoderModel, Llama
 from fusedlm.models.quantized import Int8Weight
 
@@ -94,8 +95,10 @@ class Program:
         """norm: a LayerNorm or RMSNorm of the source, or None."""
         stage: dict[str, Any] = {"kind": step.PRODUCT, **self._matrix(weight), **fields}
         if norm is not None:
-            shift = getattr(norm, "bias", None)
-            stage["before"] = step.RMS_NORM if shift is None else step.LAYER_NORM
+            stage["before"], shift = step.RMS_NORM, None
+            if isinstance(norm, LayerNorm):
+                stage["before"] = step.LAYER_NORM
+                shift = torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
             stage["gain"], stage["eps"] = self._copy(norm.weight), norm.eps
             stage["shift"] = 0 if shift is None else self._copy(shift)
         if bias is not None:
