@@ -69,9 +69,8 @@ class _Step:
 
         element = self.M * self.e
         self.x = element * config.width  # (M, C)
-        self.by_norms = (
-            config.width if self.layer.biases and config.width <= 4096 else 0
-        )  # biases whose gradient a norm sums
+        # Biases whose gradient a norm sums.
+        self.by_norms = config.width if self.layer.biases and config.width <= 4096 else 0
         self.q = element * config.n_heads * config.head_dim  # (M, H * D)
         self.k = element * config.n_kv_heads * config.head_dim  # (M, G * D)
         self.qkv = element * config.qkv_width
