@@ -291,3 +291,32 @@ def test_which_backward_pass_serves_on_hopper() -> None:
     assert not fused(dtype=torch.float32)
     assert not fused(seed=torch.zeros(1), p=0.1)
     assert not fused(cu_seqlens=torch.zeros(2))
+
+
+def test_weights_dropped_on_a_cpu() -> None:
+    """Without a seed, as in training: v is the identity, so the output is the dropped weights themselves."""
+    p, T, H = 0.3, 64, 6
+    generator = torch.Generator().manual_seed(3)
+    q, k = (torch.randn(2, H, T, T, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    v = torch.eye(T, dtype=torch.float64).expand(2, H, T, T)
+    scores = (q @ k.mT / 8).masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), -torch.inf)
+    weights = scores.softmax(-1)
+    torch.manual_seed(11)
+    found, another = (attention(q, k, v, causal=True, scale=0.125, dropout_p=p) for _ in range(2))
+    torch.manual_seed(11)
+    assert torch.equal(attention(q, k, v, causal=True, scale=0.125, dropout_p=p), found)
+    seen = weights > 0
+    kept = found != 0
+    assert not kept[~seen].any()
+    rate = round(p * 65536) / 65536
+    assert torch.allclose(found, torch.where(kept, weights / (1 - rate), 0.0), rtol=1e-12, atol=0)
+    share = float(kept[seen].double().mean())
+    assert abs(share - (1 - rate)) < 5 * (rate * (1 - rate) / int(seen.sum())) ** 0.5
+    masks = [kept[b, h] for b in range(2) for h in range(H)] + [(another != 0)[0, 0]]
+    assert all(not torch.equal(a, b) for i, a in enumerate(masks) for b in masks[:i])
+    upstream = torch.randn(found.shape, generator=generator, dtype=torch.float64)
+    want = torch.autograd.grad((torch.where(kept, weights / (1 - rate), 0.0) * upstream).sum(), (q, k))
+    for ours, theirs in zip(torch.autograd.grad((found * upstream).sum(), (q, k)), want, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-13)
+    with torch.no_grad():
+        assert torch.allclose(attention(q, k, v, causal=True, scale=0.125, dropout_p=p, training=False), weights)

@@ -148,13 +148,14 @@ def test_every_place_that_drops_has_a_mask_of_its_own(name: str, monkeypatch: py
     for function in ("embedding", "add_layer_norm", "add_rms_norm"):
         monkeypatch.setattr(modules, function, noted(getattr(modules, function)))
     weights: list[float] = []
-    attend = F.scaled_dot_product_attention
+    package = sys.modules["fusedlm.kernels.attention"]
+    attend = package.attention_ref  # type: ignore[attr-defined]
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, p: float, *args: Any, **kwargs: Any) -> Tensor:
-        weights.append(p)
-        return attend(q, k, v, mask, p, *args, **kwargs)
+    def attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float, **options: Any) -> Tensor:
+        weights.append(dropout_p)
+        return attend(q, k, v, dropout_p=dropout_p, **options)
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(package, "attention_ref", attention)
     model_of(name, dropout=0.2, dtype=torch.float32)(tokens(1, 8)[0])
     layers = SIZES["n_layers"]
     assert len(met) == 2 * layers + 1, "the embedding, and what each attention and MLP adds to the residual"

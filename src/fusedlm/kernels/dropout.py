@@ -14,14 +14,13 @@ from torch.autograd.function import once_differentiable
 from fusedlm.kernels._backend import interpreting, use_triton
 from fusedlm.kernels._launch import launch
 from fusedlm.kernels._operator import operator
-from fusedlm.kernels._philox import drop_threshold, dropout_seed, keep_mask, keep_mask_ref
+from fusedlm.kernels._philox import drop_threshold, dropout_seed, dropped_ref, keep_mask, keep_mask_ref
 from fusedlm.kernels._triton import tl, triton
 
 
 def dropout_ref(x: Tensor, p: float, seed: Tensor, stream: int = 0) -> Tensor:
     threshold, scale = drop_threshold(p)
-    keep = keep_mask_ref(seed, stream, 1, x.numel(), threshold).view(x.shape)
-    return torch.where(keep, x * scale, 0.0)
+    return dropped_ref(x, keep_mask_ref(seed, stream, 1, x.numel(), threshold).view(x.shape), scale)
 
 
 @triton.jit(do_not_specialize=["stream", "threshold"])

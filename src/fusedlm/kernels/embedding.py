@@ -18,7 +18,7 @@ from fusedlm.kernels._backend import interpreting, use_triton
 from fusedlm.kernels._index_errors import check_indices, flag_index, index_flag, raise_index_errors
 from fusedlm.kernels._launch import launch, rows
 from fusedlm.kernels._operator import operator
-from fusedlm.kernels._philox import drop_threshold, dropout_seed, keep_mask, keep_mask_ref
+from fusedlm.kernels._philox import drop_threshold, dropout_seed, dropped_ref, keep_mask, keep_mask_ref
 from fusedlm.kernels._tied import TiedGradient
 from fusedlm.kernels._triton import tl, triton
 
@@ -41,7 +41,7 @@ def embedding_ref(
     if seed is not None:
         threshold, scale = drop_threshold(dropout_p)
         keep = keep_mask_ref(seed, stream, ids.numel(), x.shape[-1], threshold).view(x.shape)
-        x = torch.where(keep, x * scale, 0.0)
+        x = dropped_ref(x, keep, scale)
     return x
 
 

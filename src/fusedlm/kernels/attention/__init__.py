@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fusedlm.kernels._backend import forced, use_triton
 from fusedlm.kernels._launch import capability
 from fusedlm.kernels._operator import operator
-from fusedlm.kernels._philox import drop_threshold, dropout_seed, keep_tile_ref
+from fusedlm.kernels._philox import drop_threshold, dropout_seed, dropped_ref, keep_mask_ref, keep_tile_ref
 from fusedlm.kernels.attention.heads import heads_side_by_side, split_heads
 from fusedlm.kernels.attention.launches import Setting, backward, forward, new_lse, tokens_outside
 
@@ -58,7 +58,16 @@ def attention_ref(
         same = number.view(-1, 1) == number
         mask = same if mask is None else mask & same
     if seed is not None:
-        return _dropped_ref(q, k, v, mask, square, scale, dropout_p, seed, stream)
+        threshold, factor = drop_threshold(dropout_p)
+        keep = keep_tile_ref(seed, stream, B * H, T, S, threshold)
+        return _dropped_ref(q, k, v, mask, square, scale, keep.view(B, H, T, S), factor)
+    if dropout_p and q.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Bits of ours, by rows, come four times as fast as torch's do on a CPU. Nobody asked for tiles'.
+        threshold, factor = drop_threshold(dropout_p)
+        drawn = dropout_seed(None, dropout_p, True, q.device)
+        assert drawn is not None
+        keep = keep_mask_ref(drawn, 0, B * H * T, S, threshold)
+        return _dropped_ref(q, k, v, mask, square, scale, keep.view(B, H, T, S), factor)
     if T == 1 and H != G:  # one query a head: the heads of a group are the rows of one small product
         grouped = q.reshape(B, G, H // G, D)
         return F.scaled_dot_product_attention(grouped, k, v, mask, dropout_p, scale=scale).reshape(B, H, 1, -1)
@@ -72,23 +81,22 @@ def _dropped_ref(
     mask: Tensor | None,
     square: bool,
     scale: float,
-    p: float,
-    seed: Tensor,
-    stream: int,
+    keep: Tensor,
+    factor: float,
 ) -> Tensor:
-    """With a mask of ours on the weights, which torch's own attention cannot take."""
-    B, H, T, _ = q.shape
-    k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v))
-    S = k.shape[2]
+    """With a mask of ours on the weights, which torch's own attention cannot take. keep: (B, H, T, S)."""
+    _, H, T, _ = q.shape
+    k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v)) if k.shape[1] != H else (k, v)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q @ k.mT * scale if q.dtype != wide else q * scale @ k.mT).to(wide)
     if square:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
-    scores = (q @ k.mT * scale).to(torch.promote_types(q.dtype, torch.float32))
+        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    threshold, factor = drop_threshold(p)
-    keep = keep_tile_ref(seed, stream, B * H, T, S, threshold).view(B, H, T, S)
-    weights = torch.where(keep, scores.softmax(-1).nan_to_num(0.0) * factor, 0.0)
-    return (weights.to(v.dtype) @ v).to(q.dtype)
+        scores = scores.masked_fill_(~mask, -torch.inf)
+    weights = scores.softmax(-1)
+    if not square:  # a query may see no key
+        weights = weights.nan_to_num(0.0)
+    return (dropped_ref(weights, keep, factor).to(v.dtype) @ v).to(q.dtype)
 
 
 def torch_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:

@@ -22,7 +22,7 @@ from fusedlm.kernels._backend import use_triton
 from fusedlm.kernels._columns import remember_sums, sum_partials
 from fusedlm.kernels._launch import launch, num_programs, rows
 from fusedlm.kernels._operator import operator
-from fusedlm.kernels._philox import drop_threshold, dropout_seed, keep_mask_ref
+from fusedlm.kernels._philox import drop_threshold, dropout_seed, dropped_ref, keep_mask_ref
 from fusedlm.kernels._triton import triton
 from fusedlm.kernels.norm.kernels import bwd_kernel, fwd_kernel
 
@@ -45,7 +45,7 @@ def _sum_ref(x: Tensor, residual: Tensor | None, p: float, seed: Tensor | None, 
     if seed is not None:
         threshold, scale = drop_threshold(p)
         keep = keep_mask_ref(seed, stream, x[..., 0].numel(), x.shape[-1], threshold).view(x.shape)
-        x = torch.where(keep, x * scale, 0.0)
+        x = dropped_ref(x, keep, scale)
     return x + residual
 
 
