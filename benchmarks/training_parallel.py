@@ -44,6 +44,7 @@ CONTENDERS = (
     Contender("one GPU, without a graph", False, graph=False),
     Contender("FSDP2, gathered twice", True, _sharded(True)),
     Contender("FSDP2, kept", True, _sharded(False)),
+    Contender("FSDP2, kept, gradients summed in bf16", True, _sharded(False, reduce_dtype="same")),
     Contender("FSDP2, kept, direct", True, _sharded(False, direct=True)),
 )
 

@@ -33,7 +33,6 @@ def main(device: torch.device) -> int:
     for turn in range(ROUNDS):
         for n in SIZES:
             main_stream = torch.cuda.current_stream()
-            copying.wait_stream(main_stream)
             mine, whole = numbers(rank, n, turn, device), numbers(rank, n * size, turn, device)
             copying.wait_stream(main_stream)
             if copied is not None:

@@ -99,11 +99,8 @@ class DirectReduceScatter:
         self._input_is_there = True
         return self._sent(size, dtype, device)
 
-    def __call__(
-        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
-    ) -> None:
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any) -> None:
         assert op in (dist.ReduceOp.AVG, dist.ReduceOp.SUM), op
-        assert not async_op
         self._input_is_there = False
         received = self._received(input_tensor.shape, input_tensor.dtype, input_tensor.device)
         dist.all_to_all_single(received, input_tensor, group=group)

@@ -151,8 +151,8 @@ class CheckpointConfig(_Section):
 class ParallelConfig(_Section):
     """Under torchrun. reshard_after_forward: let go of weights between forward and backward (ZeRO stage 3, else 2).
     replicas: groups of GPUs that each hold the whole, sharded within (HSDP). reduce_dtype: of gradients' sums.
-    direct: GPUs of a single host write to each other's memory, without NCCL's kernels, and sum gradients in fp32; it
-    is being tried, see docs/training.md."""
+    direct: GPUs of a single host, without replicas, write to each other's memory, without NCCL's kernels, and sum
+    gradients in fp32; it is being tried, see docs/training.md."""
 
     reshard_after_forward: bool = True
     replicas: int = Field(default=1, ge=1)

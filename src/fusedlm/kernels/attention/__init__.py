@@ -57,16 +57,15 @@ def attention_ref(
         number = torch.searchsorted(cu_seqlens, torch.arange(T, device=q.device), right=True)
         same = number.view(-1, 1) == number
         mask = same if mask is None else mask & same
+    threshold, factor = drop_threshold(dropout_p)
+    keep = None
     if seed is not None:
-        threshold, factor = drop_threshold(dropout_p)
         keep = keep_tile_ref(seed, stream, B * H, T, S, threshold)
-        return _dropped_ref(q, k, v, mask, square, scale, keep.view(B, H, T, S), factor)
-    if dropout_p and q.device.type == "cpu" and not torch.compiler.is_compiling():
+    elif q.device.type == "cpu" and not torch.compiler.is_compiling():
         # Bits of ours, by rows, come four times as fast as torch's do on a CPU. Nobody asked for tiles'.
-        threshold, factor = drop_threshold(dropout_p)
         drawn = dropout_seed(None, dropout_p, True, q.device)
-        assert drawn is not None
-        keep = keep_mask_ref(drawn, 0, B * H * T, S, threshold)
+        keep = None if drawn is None else keep_mask_ref(drawn, 0, B * H * T, S, threshold)
+    if keep is not None:
         return _dropped_ref(q, k, v, mask, square, scale, keep.view(B, H, T, S), factor)
     if T == 1 and H != G:  # one query a head: the heads of a group are the rows of one small product
         grouped = q.reshape(B, G, H // G, D)
