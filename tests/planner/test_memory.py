@@ -29,6 +29,7 @@ SHORT = {"n_layers": 3}
 # Attention is the widest here, so its backward pass decides.
 GPT2_HEADS = {"n_layers": 2, "mlp_width": 64, "n_heads": 48, "n_kv_heads": 48, "vocab_size": 512}
 NARROW = {"n_layers": 1, "mlp_width": 64, "n_heads": 2, "n_kv_heads": 2, "vocab_size": 512}  # and here the last norm's
+WIDE_MLP = {"n_layers": 1, "mlp_width": 12288, "vocab_size": 512, "bias": False}  # sums of biases would show
 LLAMA_HEADS = {"n_layers": 1, "mlp_width": 64, "n_heads": 36, "n_kv_heads": 9}
 CASES: list[dict[str, Any]] = [
     {"preset": "gpt2", "batch": 32, "context": 1024},
@@ -59,6 +60,8 @@ CASES: list[dict[str, Any]] = [
     {"preset": "gpt2", "batch": 64, "context": 1024, "config": GPT2_HEADS, "recompute": "blocks", "dropout": 0.1},
     {"preset": "smollm2-135m", "batch": 64, "context": 2048, "config": LLAMA_HEADS},
     {"preset": "gpt2", "batch": 64, "context": 1024, "config": NARROW},
+    {"preset": "gpt2", "batch": 64, "context": 1024, "config": {**NARROW, "bias": False}},
+    {"preset": "gpt2", "batch": 64, "context": 1024, "config": WIDE_MLP},
     {"preset": "gpt2", "batch": 64, "context": 1024, "config": NARROW, "dropout": 0.1},
 ]
 

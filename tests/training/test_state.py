@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
+from safetensors.torch import load_file
 
 from fusedlm.data.documents import find_sources
 from fusedlm.data.errors import DataError
@@ -77,6 +78,21 @@ def test_a_checkpoint_with_masters_whole_goes_on(run: Callable[..., Any], optimi
     for key, value in whole.trainer.state().items():
         assert torch.equal(value, parts.trainer.state()[key]), key
     assert any(key.endswith("mlp.up.weight.master_low") for key in parts.trainer.state())
+
+
+def test_a_model_without_biases_has_none_when_it_goes_on(run: Callable[..., Any], tmp_path: Path) -> None:
+    """Though the model that is written at the end has some, of 0, as Hugging Face's form wants."""
+    whole, _ = run("run", "model.bias=false")
+    (tmp_path / "run" / "checkpoints" / "step-00000008" / "manifest.json").unlink()
+    saved = saved_model(tmp_path / "run", step=4).model
+    assert not [name for name, _ in saved.named_parameters() if name.endswith("bias")]
+    parts, _ = run("run", "model.bias=false", resume=True)
+    assert parts.began == [4]
+    assert parts.losses == whole.losses[4:]
+    tensors = load_file(tmp_path / "run" / "model.safetensors")
+    biases = [tensor for name, tensor in tensors.items() if name.endswith("bias")]
+    assert len(biases) == 2 * 6 + 1
+    assert not any(tensor.any() for tensor in biases)
 
 
 def test_a_run_that_is_done_has_nothing_to_do(run: Callable[..., Any]) -> None:
