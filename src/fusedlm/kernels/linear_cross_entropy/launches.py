@@ -98,4 +98,6 @@ def losses_in_place(
         launch_described(kernel, (programs, 1, 1), arguments, constants)
     else:
         programs, config = _config(device)
+        if constants["SUM"] and gradient and not interpreting():
+            config = {**config, "maxnreg": 248}  # ptxas of Triton 3.8 would spill 8 bytes to get by with 128
         launch(loss_kernel, (min(programs, M), 1, 1), logits.dtype, tensors, scalars, constants | config)
