@@ -44,8 +44,9 @@ CONTENDERS = (
     Contender("one GPU, without a graph", False, graph=False),
     Contender("FSDP2, gathered twice", True, _sharded(True)),
     Contender("FSDP2, kept", True, _sharded(False)),
-    Contender("FSDP2, kept, gradients summed in bf16", True, _sharded(False, reduce_dtype="same")),
-    Contender("FSDP2, kept, direct", True, _sharded(False, direct=True)),
+    Contender("FSDP2, gathered twice, NCCL's kernels", True, _sharded(True, direct=False)),
+    Contender("FSDP2, kept, NCCL's kernels", True, _sharded(False, direct=False)),
+    Contender("FSDP2, kept, NCCL's kernels, sums in bf16", True, _sharded(False, direct=False, reduce_dtype="same")),
 )
 
 # By suite: a model, rows a GPU, tokens a row.
@@ -109,7 +110,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("batch", type=int, help="rows a GPU")
     parser.add_argument("context", type=int, help="tokens a row")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True, help="the file for the rows, which the first rank writes")
     options = parser.parse_args(arguments)
     config, rows = PRESETS[options.model], []
@@ -119,7 +120,7 @@ def main(arguments: Sequence[str]) -> None:
         for contender in (c for c in CONTENDERS if c.several == (ranks.size > 1)):
             make = ours(config, ranks=ranks, parallel=contender.parallel, graph=contender.graph, **settings)
             shape: tuple[Any, ...] = (config, options.batch, options.context, {contender.name: make})
-            suite = Suite(*shape, steps=4, warm_up=3, rounds=options.rounds, device=str(ranks.device))
+            suite = Suite(*shape, steps=8, warm_up=8, rounds=options.rounds, device=str(ranks.device))
             with torch.cuda.stream(torch.cuda.Stream()) if cuda else nullcontext():
                 (row,) = measure(suite, seed=1 + ranks.rank)
             gc.collect()  # modules and their hooks hold each other, and the next contender's memory is measured

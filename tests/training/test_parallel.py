@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fusedlm.models import build_model
+from fusedlm.training import collectives
+from fusedlm.training.ranks import Ranks
 from fusedlm.training.saved import saved_model
 
 
@@ -30,14 +33,14 @@ VARIANTS = {
     "replicas": ["parallel.replicas=2", "training.recompute=cheap"],
     "muon, blocks": ["training.optimizer=muon", "training.recompute=blocks"],
     "lora": ["lora.rank=2", "parallel.reshard_after_forward=true"],
-    "direct": ["parallel.direct=true"],
+    "torch's collectives": ["parallel.direct=false"],
     "chats": ["data.documents=separate", "training.spike_sigmas=9"],
 }
 
 
 BF16 = {
     f"bf16, {optimizer}": ["training.precision=bf16", f"training.optimizer={optimizer}"] for optimizer in OPTIMIZERS
-} | {"bf16, direct": ["training.precision=bf16", "parallel.direct=true"]}
+} | {"bf16, torch's collectives": ["training.precision=bf16", "parallel.direct=false"]}
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +143,37 @@ def test_two_hundred_steps(device: str, configure: Callable[..., Any], heard_of:
 def test_direct_collectives_overlap() -> None:
     done = torchrun("", "direct_collectives.py")
     assert done.returncode == 0, done.stderr[-5000:]
+
+
+def test_gpus_that_cannot_share_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A warning that says why, and NCCL's own collectives; on every rank, also where only another one failed."""
+
+    class Unshared:
+        def __init__(self, *given: Any) -> None:
+            raise RuntimeError("no peer access\nat 0x1234")
+
+    class Shared:
+        def __init__(self, *given: Any) -> None:
+            self.sizes: list[int] = []
+
+        def buffer(self, count: int) -> None:
+            self.sizes.append(count)
+
+    class Others(Ranks):
+        def any(self, flag: int) -> int:
+            return 1
+
+    one = Ranks(0, 1, torch.device("cpu"))
+    monkeypatch.setattr(collectives, "SharedMemory", Unshared)
+    with pytest.warns(UserWarning, match=r"each other's memory \(no peer access\); NCCL's own collectives take over"):
+        assert collectives.shared_memory(None, one) is None
+    monkeypatch.setattr(collectives, "SharedMemory", Shared)
+    assert collectives.shared_memory(None, one).sizes == [16], "it was tried out"
+    with pytest.warns(UserWarning, match="other ranks failed"):
+        assert collectives.shared_memory(None, Others(0, 2, torch.device("cpu"))) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert collectives.shared_memory(None, Others(1, 2, torch.device("cpu"))) is None, "the first says it for all"
 
 
 def test_a_checkpoint_goes_on_with_another_number_of_processes(

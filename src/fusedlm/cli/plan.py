@@ -34,6 +34,13 @@ def plan(
     ] = "none",
     accumulate: Annotated[bool, typer.Option("--accumulate", help="Gradients of several batches are summed.")] = False,
     gpus: Annotated[int, typer.Option(help="Weights, gradients and states are divided among so many.")] = 1,
+    reshard: Annotated[
+        bool,
+        typer.Option(help="They let go of weights between forward and backward pass (ZeRO stage 3)."),
+    ] = True,
+    direct: Annotated[
+        bool, typer.Option(help="They are of one host and write to each other's memory (`parallel.direct`).")
+    ] = True,
     mfu: Annotated[float, typer.Option(help="The share of the peak that is reached: an assumption.")] = 0.4,
     tokens: Annotated[float | None, typer.Option(help="To train on.", show_default="20 a parameter")] = None,
     price: Annotated[float | None, typer.Option(help="Of one GPU for an hour, in any currency.")] = None,
@@ -68,6 +75,8 @@ def plan(
         "recompute": recompute,
         "accumulate": accumulate,
         "gpus": gpus,
+        "reshard": reshard,
+        "direct": direct,
     }
     planned = make_plan(PRESETS[preset], gpu=found, **options)
     if plot is not None:

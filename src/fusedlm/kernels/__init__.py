@@ -41,6 +41,7 @@ from fusedlm.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_n
 from fusedlm.kernels.rope import RopeScaling, rope, rotary_frequencies, rotary_tables
 from fusedlm.kernels.sample import sample
 from fusedlm.kernels.softmax import softmax
+from fusedlm.kernels.sum_parts import sum_parts
 from fusedlm.kernels.swiglu import swiglu
 
 __all__ = [
@@ -85,5 +86,6 @@ __all__ = [
     "softmax",
     "split_heads",
     "split_master",
+    "sum_parts",
     "swiglu",
 ]

@@ -259,10 +259,13 @@ class _Step:
         take("workspace", 2 * blas_workspace(self.gpu))  # for the thread that goes forward and the one that goes back
         take("workspace", 2 * self.M * 8)  # ids and targets
         take("workspace", 16 * self.parameters.total / 1024 / training.gpus)  # the optimizer's table of chunks
-        if self.sharded:  # whole: what is in no block, the block that is computed, and the one that comes next
+        if self.sharded:  # whole: what is in no block, and all blocks or the one that is computed and the next
             blocks = self.config.n_layers * self.layer.total
             outside = self.parameters.total - blocks
-            take("workspace", (outside + min(2 * self.layer.total, blocks)) * self.e)
+            whole = min(2 * self.layer.total, blocks) if training.reshard else blocks
+            take("workspace", (outside + whole) * self.e)
+            if training.direct:  # what is gathered, two blocks at once; the gradients that are sent and received
+                take("workspace", (3 * outside + 4 * self.layer.total) * self.e)
 
     def forward(self) -> tuple[dict[str, Held], list[dict[str, Held]], list[list[Held]]]:
         """What the last norm keeps and gives, what the blocks keep, and their inputs where those are all they keep."""

@@ -27,6 +27,8 @@ class Training:
     whether there is any. recompute: what is computed anew in the backward pass and not kept: "none"; "cheap": outputs
     of norms, GELU and SwiGLU; "blocks": everything but the inputs of each block. accumulate: gradients of one batch
     stay while the next is computed. gpus: weights, gradients, masters and moments are divided among so many (FSDP).
+    reshard: they let go of a block's weights between its forward and backward pass (`parallel.reshard_after_forward`).
+    direct: they write to each other's memory (`parallel.direct`), which takes buffers that stay.
     Raises ValueError for what cannot be.
     """
 
@@ -40,6 +42,8 @@ class Training:
     recompute: Recompute = "none"
     accumulate: bool = False
     gpus: int = 1
+    reshard: bool = True
+    direct: bool = True
 
     def __post_init__(self) -> None:
         for name in ("batch", "context", "gpus"):

@@ -5,6 +5,7 @@ then takes twice its time. The copy engines move the same bytes and take none: N
 exchanging (2.28 and later: `NCCL_CTA_POLICY_ZERO`, symmetric memory), and a sum is an exchange and a short kernel.
 """
 
+import warnings
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from math import prod
@@ -13,6 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from fusedlm.kernels import sum_parts
+from fusedlm.training.ranks import Ranks
 
 
 def nccl_options() -> Any:
@@ -44,6 +48,25 @@ class SharedMemory:
             buffer = torch.empty(count, dtype=torch.uint8, device=self.device)
         self.memory.rendezvous(buffer, group=self.group.group_name)
         return buffer
+
+
+def shared_memory(group: Any, ranks: Ranks) -> SharedMemory | None:
+    """None, with a warning, where NCCL or torch cannot set it up. Every rank of the group must call it."""
+    failed = ""
+    try:
+        memory = SharedMemory(group, ranks.device)
+        memory.buffer(16)
+    except (RuntimeError, AttributeError, ImportError) as error:  # the last two: of torch's API, which may still change
+        failed = str(error).partition("\n")[0] or repr(error)
+    if not ranks.any(bool(failed)):
+        return memory
+    if ranks.first:
+        warnings.warn(
+            f"GPUs do not write to each other's memory ({failed or 'other ranks failed'}); NCCL's own collectives take "
+            "over. parallel.direct=false asks for them",
+            stacklevel=2,
+        )
+    return None
 
 
 class _InTurn:
@@ -104,6 +127,6 @@ class DirectReduceScatter:
         self._input_is_there = False
         received = self._received(input_tensor.shape, input_tensor.dtype, input_tensor.device)
         dist.all_to_all_single(received, input_tensor, group=group)
-        parts = received.view(dist.get_world_size(group), -1)
-        reduce = torch.mean if op == dist.ReduceOp.AVG else torch.sum
-        reduce(parts, dim=0, out=output_tensor)
+        size = dist.get_world_size(group)
+        scale = 1 / size if op == dist.ReduceOp.AVG else 1.0
+        sum_parts(received.view(size, -1), scale, out=output_tensor)

@@ -150,14 +150,14 @@ class CheckpointConfig(_Section):
 
 class ParallelConfig(_Section):
     """Under torchrun. reshard_after_forward: let go of weights between forward and backward (ZeRO stage 3, else 2).
-    replicas: groups of GPUs that each hold the whole, sharded within (HSDP). reduce_dtype: of gradients' sums.
-    direct: GPUs of a single host, without replicas, write to each other's memory, without NCCL's kernels, and sum
-    gradients in fp32; it is being tried, see docs/training.md."""
+    replicas: groups of GPUs that each hold the whole, sharded within (HSDP). direct: GPUs of a single host, without
+    replicas, that reach each other's memory write there, which leaves their multiprocessors to the model; gradients are
+    summed in fp32. Elsewhere, or without it, NCCL's kernels gather and sum. reduce_dtype: of the sums of these."""
 
     reshard_after_forward: bool = True
     replicas: int = Field(default=1, ge=1)
     reduce_dtype: Literal["fp32", "same"] = "fp32"
-    direct: bool = False
+    direct: bool = True
 
 
 class LoRAConfig(_Section):

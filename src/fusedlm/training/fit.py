@@ -24,6 +24,8 @@ def planned(config: RunConfig, context: int, batch: int, gpus: int, *, accumulat
         recompute=training.recompute,
         accumulate=accumulate,
         gpus=gpus,
+        reshard=config.parallel.reshard_after_forward,
+        direct=config.parallel.direct and config.parallel.replicas == 1,
     )
 
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fusedlm.models import DecoderModel
-from fusedlm.training.collectives import DirectAllGather, DirectReduceScatter, SharedMemory, nccl_options
+from fusedlm.training.collectives import DirectAllGather, DirectReduceScatter, nccl_options, shared_memory
 from fusedlm.training.config import ParallelConfig
 from fusedlm.training.ranks import Ranks
 
@@ -29,13 +29,15 @@ def shard(model: DecoderModel, parallel: ParallelConfig, ranks: Ranks) -> None:
         raise ValueError(f"parallel.replicas is {parallel.replicas}; expected a divisor of {ranks.size} processes")
     kind = ranks.device.type
     direct = parallel.direct and parallel.replicas == 1 and ranks.one_host
-    shared = direct and kind == "cuda" and _reach_each_other(ranks)
+    reaching = direct and kind == "cuda" and _reach_each_other(ranks)
     if parallel.replicas > 1:
         sizes = (parallel.replicas, ranks.size // parallel.replicas)
         mesh = init_device_mesh(kind, sizes, mesh_dim_names=("replicate", "shard"))
     else:
-        override: Any = {"shard": ("nccl", nccl_options())} if shared else None
+        override: Any = {"shard": ("nccl", nccl_options())} if reaching else None
         mesh = init_device_mesh(kind, (ranks.size,), mesh_dim_names=("shard",), backend_override=override)
+    memory = shared_memory(mesh.get_group(), ranks) if reaching else None
+    direct = direct and (memory is not None or kind == "cpu")
     # Sums of what was exchanged are in fp32, whatever travels.
     widened = parallel.reduce_dtype == "fp32" and not direct
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if widened else None)
@@ -51,7 +53,6 @@ def shard(model: DecoderModel, parallel: ParallelConfig, ranks: Ranks) -> None:
     # The one method that training calls. Of two inside each other the order of backward's gathering comes out wrong.
     register_fsdp_forward_method(model, "loss")
     if direct:
-        memory = SharedMemory(mesh.get_group(), ranks.device) if shared else None
         blocks: list[Any] = list(model.blocks)
         whole: Any = model
         reduce_scatter = DirectReduceScatter(memory)
