@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.training_parallel import CONTENDERS, Contender
 from fusedlm.hardware import GPUS
 from fusedlm.models import PRESETS
 from fusedlm.planner import (
@@ -135,6 +136,24 @@ def test_states_are_divided_among_gpus() -> None:
     assert memory.parts["activations"] == planned(GPT2).parts["activations"]
     assert memory.most["gradients"] == pytest.approx(2 * count_parameters(PRESETS["gpt2"]) / 4, rel=0.001)
     assert memory.total < planned(GPT2).total
+
+
+FSDP = json.loads((Path(__file__).parents[2] / "benchmarks/results/training_llama_1b_fsdp.json").read_text())
+
+
+@pytest.mark.parametrize("contender", [c for c in CONTENDERS if c.several], ids=lambda c: c.name)
+def test_two_gpus_take_what_was_measured(contender: Contender) -> None:
+    """Of `python -m benchmarks training llama-1b-fsdp`, within a hundredth."""
+    row = next(row for row in FSDP["rows"] if row["variant"] == contender.name)
+    parallel = contender.parallel
+    training = Training(
+        batch=FSDP["batch"],
+        context=FSDP["context"],
+        gpus=row["gpus"],
+        reshard=parallel.reshard_after_forward,
+        direct=parallel.direct,
+    )
+    assert training_memory(PRESETS[FSDP["model"]], training, "h200").total == pytest.approx(row["peak_bytes"], rel=0.01)
 
 
 @pytest.mark.parametrize("recompute", ["none", "cheap", "blocks"])
