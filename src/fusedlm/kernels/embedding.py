@@ -45,14 +45,6 @@ def embedding_ref(
     return x
 
 
-@triton.jit
-def _position_row(pos_w_ptr, p, S, pos_w_stride, cols, mask, flag_ptr):
-    """(position p's row, whether there is none)."""
-    lost = (p < 0) | (p >= S)
-    flag_index(flag_ptr, lost, p, S)
-    return tl.load(pos_w_ptr + tl.where(lost, 0, p) * pos_w_stride + cols, mask=mask, other=0.0).to(tl.float32), lost
-
-
 @triton.jit(do_not_specialize=["offset", "stream", "threshold"])
 def _fwd_kernel(
     ids_ptr,
@@ -65,7 +57,6 @@ def _fwd_kernel(
     w_stride,
     pos_w_stride,
     pos_stride_b,
-    B,
     T,
     V,
     S,
@@ -74,36 +65,29 @@ def _fwd_kernel(
     threshold,
     scale,
     C: tl.constexpr,
-    SEQUENCES: tl.constexpr,  # that one program does, all at the same place t, with one row of positions
     BLOCK_C: tl.constexpr,
 ):
-    program = tl.cast(tl.program_id(0), tl.int64)
-    t = program % T
-    first = program // T * SEQUENCES
+    token = tl.cast(tl.program_id(0), tl.int64)
     cols = tl.arange(0, BLOCK_C)
     mask = cols < C
-    if pos_w_ptr is not None and pos_ptr is None:
-        position, lost = _position_row(pos_w_ptr, t + offset, S, pos_w_stride, cols, mask, flag_ptr)
-    for i in tl.static_range(SEQUENCES):
-        b = first + i
-        token = b * T + t
-        here = cols < tl.where(b < B, C, 0)
-        v = tl.load(ids_ptr + token, mask=b < B, other=0)
-        bad = (v < 0) | (v >= V)
-        flag_index(flag_ptr, bad, v, V)
-        y = tl.load(w_ptr + tl.where(bad, 0, v) * w_stride + cols, mask=here, other=0.0).to(tl.float32)
-        if pos_w_ptr is not None:
-            if pos_ptr is not None:
-                p = tl.load(pos_ptr + b * pos_stride_b + t, mask=b < B, other=0)
-                position, lost = _position_row(pos_w_ptr, p, S, pos_w_stride, cols, mask, flag_ptr)
-            y += position
-            bad |= lost
-        if seed_ptr is not None:
-            keep = keep_mask(tl.load(seed_ptr), stream, token, 0, threshold, BLOCK_C)
-            y = tl.where(keep, y * scale, 0.0)
-        y = tl.where(bad, float("nan"), y)
-        # Written and not read again here: it must not drive the tables out of the L2 cache.
-        tl.store(y_ptr + token * C + cols, y.to(y_ptr.dtype.element_ty), mask=here, cache_modifier=".cs")
+    v = tl.load(ids_ptr + token)
+    bad = (v < 0) | (v >= V)
+    flag_index(flag_ptr, bad, v, V)
+    y = tl.load(w_ptr + tl.where(bad, 0, v) * w_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    if pos_w_ptr is not None:
+        t = token % T
+        p = t + offset if pos_ptr is None else tl.load(pos_ptr + token // T * pos_stride_b + t)
+        lost = (p < 0) | (p >= S)
+        flag_index(flag_ptr, lost, p, S)
+        # Every sequence reads them, and they must not leave the cache for tokens' rows, or for what is written.
+        at = tl.where(lost, 0, p) * pos_w_stride + cols
+        y += tl.load(pos_w_ptr + at, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        bad |= lost
+    if seed_ptr is not None:
+        keep = keep_mask(tl.load(seed_ptr), stream, token, 0, threshold, BLOCK_C)
+        y = tl.where(keep, y * scale, 0.0)
+    y = tl.where(bad, float("nan"), y)
+    tl.store(y_ptr + token * C + cols, y.to(y_ptr.dtype.element_ty), mask=mask, cache_modifier=".cs")
 
 
 @triton.jit
@@ -214,13 +198,6 @@ def _columns(C: int) -> dict[str, int]:
     return {"BLOCK_C": block, "num_warps": max(block // 256, 1)}
 
 
-def _config(B: int, T: int, C: int, shared: bool) -> dict[str, int]:
-    """Constants of the forward kernel. shared: sequences have the same positions."""
-    block = max(triton.next_power_of_2(C), 8)
-    sequences = (2 if interpreting() else 4) if shared and B * T >= (4 if interpreting() else 32768) else 1
-    return {"C": C, "SEQUENCES": sequences, "BLOCK_C": block, "num_warps": min(max(block // 512, 1), 16)}
-
-
 @operator(fake=lambda ids, weight, *_: weight.new_empty((*ids.shape, weight.shape[1])))
 def _embedding(
     ids: Tensor,
@@ -243,13 +220,11 @@ def _embedding(
         S, pos_w_stride = (1, 0) if position_weight is None else (position_weight.shape[0], position_weight.stride(0))
         pos_stride = T if positions is not None and positions.ndim > 1 else 0
         tensors = (ids.contiguous(), weight, position_weight, positions, seed, y, index_flag(y.device))
-        B = ids.numel() // T
-        scalars = (weight.stride(0), pos_w_stride, pos_stride, B, T, V, S, offset, stream, *drop_threshold(p))
-        shared = position_weight is not None and positions is None
-        constants = _config(B, T, C, shared)
+        scalars = (weight.stride(0), pos_w_stride, pos_stride, T, V, S, offset, stream, *drop_threshold(p))
+        block = max(triton.next_power_of_2(C), 8)
+        constants = {"C": C, "BLOCK_C": block, "num_warps": min(max(block // 512, 1), 16)}
         key = (y.dtype, position_weight is None, positions is None, seed is None)
-        programs = T * triton.cdiv(B, constants["SEQUENCES"])
-        launch(_fwd_kernel, (programs, 1, 1), key, tensors, scalars, constants)
+        launch(_fwd_kernel, (ids.numel(), 1, 1), key, tensors, scalars, constants)
     return y
 
 
