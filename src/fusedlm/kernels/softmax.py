@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fusedlm.kernels._backend import interpreting, use_triton
-from fusedlm.kernels._launch import launch, rows
+from fusedlm.kernels._launch import capability, launch, rows
 from fusedlm.kernels._operator import operator
 from fusedlm.kernels._triton import tl, triton
 
@@ -79,29 +79,40 @@ def _long_bwd_kernel(dy_ptr, y_ptr, dx_ptr, dy_stride, y_stride, N, BLOCK_N: tl.
     dy_ptr += row * dy_stride
     y_ptr += row * y_stride
     dx_ptr += row * N
+    # The last block stays in registers; those before it, which are full, are read twice.
+    last = (tl.cdiv(N, BLOCK_N) - 1) * BLOCK_N
+    mask = last + cols < N
+    last_dy = tl.load(dy_ptr + last + cols, mask=mask, other=0.0)
+    last_y = tl.load(y_ptr + last + cols, mask=mask, other=0.0)
     dots = tl.zeros((BLOCK_N,), tl.float32)
-    for start in range(0, N, BLOCK_N):
-        mask = start + cols < N
-        dy = tl.load(dy_ptr + start + cols, mask=mask, other=0.0)
-        y = tl.load(y_ptr + start + cols, mask=mask, other=0.0)
+    for start in range(0, last, BLOCK_N):
+        dy = tl.load(dy_ptr + start + cols)
+        y = tl.load(y_ptr + start + cols)
         dots += dy.to(tl.float32) * y.to(tl.float32)
+    dots += last_dy.to(tl.float32) * last_y.to(tl.float32)
     dot = tl.sum(dots, 0)
-    for start in range(0, N, BLOCK_N):
-        mask = start + cols < N
-        dy = tl.load(dy_ptr + start + cols, mask=mask, other=0.0)
-        y = tl.load(y_ptr + start + cols, mask=mask, other=0.0)
+    last_dx = last_y.to(tl.float32) * (last_dy.to(tl.float32) - dot)
+    tl.store(dx_ptr + last + cols, last_dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    for start in range(0, last, BLOCK_N):
+        dy = tl.load(dy_ptr + start + cols)
+        y = tl.load(y_ptr + start + cols)
         dx = y.to(tl.float32) * (dy.to(tl.float32) - dot)
-        tl.store(dx_ptr + start + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        tl.store(dx_ptr + start + cols, dx.to(dx_ptr.dtype.element_ty))
 
 
 @functools.cache
-def _config(N: int, forward: bool) -> tuple[bool, dict[str, int]]:
-    """Whether a row is long, and the constants.
+def _config(N: int, width: int, arch: int, forward: bool) -> tuple[bool, dict[str, int]]:
+    """Whether a row of N numbers of so many bytes is long, and the constants. arch: see `capability`.
 
     16 numbers a thread, where that is not too many warps; forward a short row has one warp, which waits for no other.
     """
     block = triton.next_power_of_2(N)
-    longest, long_block = (128, 64) if interpreting() else (32768, 16384)
+    if interpreting():
+        longest, long_block = 128, 64
+    elif forward:
+        longest, long_block = 32768, 16384
+    else:  # where the block that stays leaves registers for another
+        longest, long_block = 16384, 16384 if width < 4 and arch >= 90 else 8192
     if block > longest:
         return True, {"BLOCK_N": long_block, "num_warps": 32}
     warps = 1 if forward and block <= 1024 else min(max(block // 512, 1), 32 if forward else 16)
@@ -114,7 +125,7 @@ def _softmax(x: Tensor) -> Tensor:
     M, N = x2.shape
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if M and N:
-        long, config = _config(N, True)
+        long, config = _config(N, x.element_size(), capability(x.device), True)
         launch(_long_fwd_kernel if long else _fwd_kernel, (M, 1, 1), x.dtype, (x2, y), (x2.stride(0), N), config)
     return y
 
@@ -125,7 +136,7 @@ def _softmax_backward(dy: Tensor, y: Tensor) -> Tensor:
     M, N = y2.shape
     dx = torch.empty_like(y, memory_format=torch.contiguous_format)
     if M and N:
-        long, config = _config(N, False)
+        long, config = _config(N, y.element_size(), capability(y.device), False)
         kernel = _long_bwd_kernel if long else _bwd_kernel
         launch(kernel, (M, 1, 1), y.dtype, (dy2, y2, dx), (dy2.stride(0), y2.stride(0), N), config)
     return dx

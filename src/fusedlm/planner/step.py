@@ -314,7 +314,8 @@ class _Step:
                 ledger.give(*inputs[i])
         ledger.moment = "backward of the embedding"
         positions = ledger.take("workspace", self.parameters.positions * self.e)  # of the same op as the table's
-        chunks = -(-self.M // 32)  # sums of runs of ids that cross chunks; and the ids, sorted
+        # Sums of runs of ids that cross chunks; and the ids, sorted. See kernels/embedding.
+        chunks = -(-self.M // (8 if self.M <= 16384 else 32))
         workspace, embedding = chunks * config.width * 4 * 2 + self.M * 24, None
         if config.tied:
             ledger.give(ledger.take("workspace", workspace))

@@ -1,8 +1,6 @@
 """Token embedding, with learned positions and dropout in the same pass: y[b, t] = drop(w[ids[b, t]] + pos[p[b, t]]).
 
-Backward: dw[v] = sum of drop(dy[b, t]) over all b, t with ids[b, t] = v, and so for pos. Rows are summed in a fixed
-order: tokens are sorted by id, every program sums runs of equal ids within its chunk of the sorted tokens, and a second
-kernel puts together the runs that cross chunks.
+Backward: dw[v] = sum of drop(dy[b, t]) over all b, t with ids[b, t] = v, and so for pos; see backward.py.
 Numerics: sums are fp32, one rounding at the store. Traffic: forward 2 elements of y (a row read, a row written; rows of
 positions are read again from the cache), backward 1 of dy per table and each table's gradient.
 """
@@ -14,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fusedlm.kernels._backend import interpreting, use_triton
+from fusedlm.kernels._backend import use_triton
 from fusedlm.kernels._index_errors import check_indices, flag_index, index_flag, raise_index_errors
 from fusedlm.kernels._launch import launch, rows
 from fusedlm.kernels._operator import operator
 from fusedlm.kernels._philox import drop_threshold, dropout_seed, dropped_ref, keep_mask, keep_mask_ref
 from fusedlm.kernels._tied import TiedGradient
 from fusedlm.kernels._triton import tl, triton
+from fusedlm.kernels.embedding.backward import embedding_backward, positions_backward, sum_rows
 
 
 def embedding_ref(
@@ -90,114 +89,6 @@ def _fwd_kernel(
     tl.store(y_ptr + token * C + cols, y.to(y_ptr.dtype.element_ty), mask=mask, cache_modifier=".cs")
 
 
-@triton.jit
-def _gradient_row(dy_ptr, token, dy_stride, cols, mask, seed_ptr, stream, threshold, scale, BLOCK_C: tl.constexpr):
-    """BLOCK_C columns of drop(dy[token]), from a column that is a multiple of 8 on."""
-    dy = tl.load(dy_ptr + token * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    if seed_ptr is not None:
-        keep = keep_mask(tl.load(seed_ptr), stream, token, tl.min(cols, 0) // 8, threshold, BLOCK_C)
-        dy = tl.where(keep, dy * scale, 0.0)
-    return dy
-
-
-@triton.jit
-def _store_row(dw_ptr, at, total, mask, ADD: tl.constexpr):
-    if ADD:
-        total += tl.load(dw_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(dw_ptr + at, total.to(dw_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["stream", "threshold"])
-def _runs_kernel(
-    dy_ptr,
-    ids_ptr,  # sorted
-    order_ptr,  # the token at each place of the sorted ids
-    seed_ptr,
-    dw_ptr,
-    first_ptr,  # (chunks, C): sums of runs that come from the chunk before
-    last_ptr,  # (chunks, C): sums of runs that begin here and go on in the next chunk
-    dy_stride,
-    M,
-    V,
-    C,
-    stream,
-    threshold,
-    scale,
-    ADD: tl.constexpr,  # to what dw holds
-    CHUNK: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    chunk = tl.cast(tl.program_id(0), tl.int64)
-    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = cols < C
-    start = chunk * CHUNK
-    end = tl.minimum(start + CHUNK, M)
-    before = tl.load(ids_ptr + start - 1, mask=start > 0, other=-1).to(tl.int64)
-    after = tl.load(ids_ptr + end, mask=end < M, other=-1).to(tl.int64)
-    total = tl.zeros((BLOCK_C,), tl.float32)
-    for i in range(start, end):
-        v = tl.load(ids_ptr + i).to(tl.int64)
-        following = tl.load(ids_ptr + i + 1, mask=i + 1 < end, other=-1).to(tl.int64)
-        token = tl.load(order_ptr + i)
-        total += _gradient_row(dy_ptr, token, dy_stride, cols, mask, seed_ptr, stream, threshold, scale, BLOCK_C)
-        if v != following:  # the end of a run, or of the chunk
-            known = (v >= 0) & (v < V)
-            comes = (v == before) & known
-            goes = (v == after) & (i + 1 == end) & known & (comes == 0)
-            whole = known & (comes == 0) & (goes == 0)
-            tl.store(first_ptr + chunk * C + cols, total, mask=cols < tl.where(comes, C, 0))
-            tl.store(last_ptr + chunk * C + cols, total, mask=cols < tl.where(goes, C, 0))
-            _store_row(dw_ptr, v * C + cols, total, cols < tl.where(whole, C, 0), ADD)
-            total = tl.zeros((BLOCK_C,), tl.float32)
-
-
-@triton.jit
-def _join_kernel(
-    ids_ptr, first_ptr, last_ptr, dw_ptr, M, V, C, ADD: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    # A program a chunk: where a run begins in it and goes on, it adds what the following chunks have of that run.
-    chunk = tl.cast(tl.program_id(0), tl.int64)
-    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = cols < C
-    start = chunk * CHUNK
-    end = start + CHUNK
-    v = tl.load(ids_ptr + end - 1, mask=end - 1 < M, other=-1).to(tl.int64)
-    before = tl.load(ids_ptr + start - 1, mask=start > 0, other=-1).to(tl.int64)
-    after = tl.load(ids_ptr + end, mask=end < M, other=-1).to(tl.int64)
-    begins = (v == after) & (v != before) & (v >= 0) & (v < V)
-    if begins:
-        total = tl.load(last_ptr + chunk * C + cols, mask=mask, other=0.0)
-        i = chunk + 1
-        while after == v:
-            total += tl.load(first_ptr + i * C + cols, mask=mask, other=0.0)
-            i += 1
-            after = tl.load(ids_ptr + i * CHUNK, mask=i * CHUNK < M, other=-1).to(tl.int64)
-        _store_row(dw_ptr, v * C + cols, total, mask, ADD)
-
-
-@triton.jit(do_not_specialize=["offset", "stream", "threshold"])
-def _positions_kernel(
-    dy_ptr, seed_ptr, dpos_ptr, dy_stride, B, T, S, C, offset, stream, threshold, scale, BLOCK_C: tl.constexpr
-):
-    # Positions from an offset on: one program sums all sequences of a position.
-    t = tl.cast(tl.program_id(0), tl.int64)
-    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = cols < C
-    total = tl.zeros((BLOCK_C,), tl.float32)
-    for b in range(B):
-        token = tl.cast(b, tl.int64) * T + t
-        total += _gradient_row(dy_ptr, token, dy_stride, cols, mask, seed_ptr, stream, threshold, scale, BLOCK_C)
-    p = t + offset
-    inside = (p >= 0) & (p < S)
-    tl.store(dpos_ptr + p * C + cols, total.to(dpos_ptr.dtype.element_ty), mask=cols < tl.where(inside, C, 0))
-
-
-def _columns(C: int) -> dict[str, int]:
-    """Columns a program of the backward kernels: 8 numbers a thread."""
-    block = min(max(triton.next_power_of_2(C), 8), 32 if interpreting() else 1024)
-    return {"BLOCK_C": block, "num_warps": max(block // 256, 1)}
-
-
 @operator(fake=lambda ids, weight, *_: weight.new_empty((*ids.shape, weight.shape[1])))
 def _embedding(
     ids: Tensor,
@@ -228,51 +119,6 @@ def _embedding(
     return y
 
 
-def _keys(ids: Tensor, V: int) -> Tensor:
-    """ids in one dimension, in as few bytes as tell V rows from others: a radix sort goes over them byte by byte."""
-    narrow = torch.uint8 if V < 2**8 - 1 else torch.int16 if V < 2**15 - 1 else torch.int32
-    return ids.reshape(-1).clamp(-1, V).to(narrow)
-
-
-@operator(fake=lambda dy, ids, V, *_: dy.new_empty((V, dy.shape[-1])))
-def _embedding_backward(dy: Tensor, ids: Tensor, V: int, p: float, seed: Tensor | None, stream: int) -> Tensor:
-    """The gradient of a table of V rows that ids, of dy's shape less the last, chose from."""
-    dw = torch.zeros((V, dy.shape[-1]), dtype=dy.dtype, device=dy.device)
-    _sum_rows(dw, dy, ids, p, seed, stream, add=False)
-    return dw
-
-
-def _sum_rows(dw: Tensor, dy: Tensor, ids: Tensor, p: float, seed: Tensor | None, stream: int, *, add: bool) -> None:
-    """Into dw, (V, C), at each id the sum of its rows of dy. add: to what is there, else there are zeros."""
-    dy2 = rows(dy)
-    (M, C), V = dy2.shape, dw.shape[0]
-    if M and C:
-        ordered, order = _keys(ids, V).sort(stable=True)
-        size = 4 if interpreting() else 32
-        chunks = triton.cdiv(M, size)
-        first, last = torch.empty((2, chunks, C), dtype=torch.float32, device=dy.device)
-        constants = {"ADD": add, "CHUNK": size, **_columns(C)}
-        grid = (chunks, triton.cdiv(C, constants["BLOCK_C"]), 1)
-        scalars = (dy2.stride(0), M, V, C, stream, *drop_threshold(p))
-        tensors = (dy2, ordered, order, seed, dw, first, last)
-        launch(_runs_kernel, grid, (dy.dtype, dw.dtype, ordered.dtype, seed is None), tensors, scalars, constants)
-        launch(_join_kernel, grid, (dw.dtype, ordered.dtype), (ordered, first, last, dw), (M, V, C), constants)
-
-
-@operator(fake=lambda dy, S, *_: dy.new_empty((S, dy.shape[-1])))
-def _positions_backward(dy: Tensor, S: int, offset: int, p: float, seed: Tensor | None, stream: int) -> Tensor:
-    """The gradient of a table of S positions, of which dy's second last dimension took those from offset on."""
-    T, C = dy.shape[-2:]
-    dpos = torch.zeros((S, C), dtype=dy.dtype, device=dy.device)
-    if dy.numel():
-        dy2 = rows(dy)
-        constants = _columns(C)
-        grid = (T, triton.cdiv(C, constants["BLOCK_C"]), 1)
-        scalars = (dy2.stride(0), dy2.shape[0] // T, T, S, C, offset, stream, *drop_threshold(p))
-        launch(_positions_kernel, grid, (dy.dtype, seed is None), (dy2, seed, dpos), scalars, constants)
-    return dpos
-
-
 class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -300,16 +146,19 @@ class _Embedding(torch.autograd.Function):
         V, S = ctx.sizes
         mask = (ctx.p, seed, ctx.stream)
         dw = dpos = None
+        counted = ctx.needs_input_grad[2] and positions is None
         if ctx.needs_input_grad[1]:
             dw = None if ctx.tied is None else ctx.tied.take()
             if dw is None:
-                dw = _embedding_backward(dy, ids, V, *mask)
+                dw, sums = embedding_backward(dy, ids, V, S if counted else 0, ctx.offset, *mask)
+                dpos = sums if counted else None
             else:
-                _sum_rows(dw, dy, ids, *mask, add=True)
-        if ctx.needs_input_grad[2] and positions is None:
-            dpos = _positions_backward(dy, S, ctx.offset, *mask)
-        elif ctx.needs_input_grad[2]:
-            dpos = _embedding_backward(dy, positions.expand(dy.shape[:-1]), S, *mask)
+                dpos = dy.new_empty((S, dy.shape[-1])) if counted else None
+                sum_rows(dw, dy, ids, *mask, add=True, dpos=dpos, offset=ctx.offset)
+        elif counted:
+            dpos = positions_backward(dy, S, ctx.offset, *mask)
+        if ctx.needs_input_grad[2] and positions is not None:
+            dpos, _ = embedding_backward(dy, positions.expand(dy.shape[:-1]), S, 0, 0, *mask)
         return None, dw, dpos, None, None, None, None, None, None
 
 
