@@ -140,6 +140,25 @@ def test_two_hundred_steps(device: str, configure: Callable[..., Any], heard_of:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_are_one(configure: Callable[..., Any], heard_of: Any, tmp_path: Path) -> None:
+    """What two processes on a CPU are held to, on GPUs that write to each other's memory; and gradients of 16 bits."""
+    from fusedlm.training.run import train
+
+    variants = {name: ["training.precision=fp32", *overrides] for name, overrides in VARIANTS.items()}
+    specs = []
+    for name, overrides in (variants | BF16).items():
+        sections = configure(*overrides).model_dump(exclude_none=True)
+        specs.append({"folder": str(tmp_path / name), "overrides": [], "sections": sections, "device": "cuda"})
+    done = torchrun(json.dumps(specs))
+    assert done.returncode == 0, done.stderr[-5000:]
+    for name, overrides in (variants | BF16).items():
+        one = heard_of()
+        alone = [o for o in overrides if "replicas" not in o]
+        train(configure(*alone), tmp_path / "one" / name, device="cuda", observers=[one])
+        assert told(tmp_path / name)["losses"] == pytest.approx(one.losses, abs=0.02 if name in BF16 else 1e-4), name
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_direct_collectives_overlap() -> None:
     done = torchrun("", "direct_collectives.py")
     assert done.returncode == 0, done.stderr[-5000:]
