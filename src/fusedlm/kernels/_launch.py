@@ -18,7 +18,6 @@ from torch import Tensor
 from fusedlm.kernels._backend import interpreting
 from fusedlm.kernels._triton import triton
 
-_WIDE = 2**31
 _compiled: dict[Any, Any] = {}
 _recorded: list["Launch"] | None = None
 _recorded_capability = 90
@@ -67,12 +66,19 @@ def launch(
     assert first is not None
     device = first.get_device()
     # As numbers: the driver would be asked about every tensor.
-    pointers = [None if t is None else t.data_ptr() for t in tensors]
+    pointers: list[int | None] = []
     bits = 0
-    for pointer in pointers:
-        bits |= pointer or 0
+    for t in tensors:
+        if t is None:
+            pointers.append(None)
+        else:
+            pointer = t.data_ptr()
+            pointers.append(pointer)
+            bits |= pointer
     # Of an integer compiled code depends on whether 16 divides it, whether it is 1, and whether 32 bits hold it.
-    integers = [i % 16 == 0 or (i == 1 and 2) if -_WIDE <= i < _WIDE else (i % 16,) for i in scalars if type(i) is int]
+    integers = [
+        not i & 15 or (i == 1 and 2) if -0x80000000 <= i < 0x80000000 else (i & 15,) for i in scalars if type(i) is int
+    ]
     full = (id(kernel), device, key, *constants.values(), *integers)
     # Which pointers are not aligned is not part of the key: those calls go Triton's own way.
     found = None if bits & 15 else _compiled.get(full)

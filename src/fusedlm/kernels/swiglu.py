@@ -82,9 +82,13 @@ def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @operator(fake=lambda g, u: g.new_empty(g.shape if u is not None else (*g.shape[:-1], g.shape[-1] // 2)))
 def _swiglu(g: Tensor, u: Tensor | None) -> Tensor:
-    g2, u2 = lines(g, u) if u is not None else _halves(g)
+    if u is not None:
+        g2, u2 = lines(g, u)
+        y = torch.empty_like(g, memory_format=torch.contiguous_format)
+    else:
+        g2, u2 = _halves(g)
+        y = torch.empty((*g.shape[:-1], g2.shape[1]), dtype=g.dtype, device=g.device)
     M, N = g2.shape
-    y = torch.empty(g.shape if u is not None else (*g.shape[:-1], N), dtype=g.dtype, device=g.device)
     if M and N:
         config, grid = elementwise_config(M, N)
         launch(_fwd_kernel, grid, g.dtype, (g2, u2, y), (g2.stride(0), u2.stride(0), N), config)
