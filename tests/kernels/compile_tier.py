@@ -136,13 +136,20 @@ def compile_case(
 ) -> Iterator[Resources]:
     """Every kernel that an op launches at its shapes to time (or the contract's), for generations of GPU."""
     seen = set()
-    # The smallest, the middle and the largest of many; all where products and so widths decide, or where none is timed.
-    shapes = case.bench if case.flops else case.bench[:: max(1, len(case.bench) // 2)] or case.shapes
+    every = case.bench or case.shapes
+    # The smallest, the middle and the largest of many; all where products and so widths decide, and for Hopper.
+    few = every if case.flops or not case.bench else case.bench[:: max(1, len(case.bench) // 2)]
+    more: tuple[Shape, ...] = ()
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
     passes: tuple[bool, ...] = (True,)
     if thorough:
-        shapes, dtypes, passes = shapes + case.compiled, (torch.bfloat16, torch.float16, torch.float32), (True, False)
-    for shape, dtype, gradients, capability in itertools.product(shapes, dtypes, passes, capabilities):
+        more, dtypes, passes = case.compiled, (torch.bfloat16, torch.float16, torch.float32), (True, False)
+    settings = [
+        (shape, *rest, capability)
+        for capability in capabilities
+        for shape, *rest in itertools.product((every if capability == 90 else few) + more, dtypes, passes)
+    ]
+    for shape, dtype, gradients, capability in settings:
         for launch in _launches(case, shape, dtype, capability, gradients=gradients):
             types = tuple(a.dtype if isinstance(a, Tensor) else type(a) for a in launch.arguments)
             key = (launch.kernel, capability, types, tuple(launch.constants.items()))

@@ -114,7 +114,7 @@ def _config(N: int, width: int, arch: int, forward: bool) -> tuple[bool, dict[st
     else:  # where the block that stays leaves registers for another
         longest, long_block = 16384, 16384 if width < 4 and arch >= 90 else 8192
     if block > longest:
-        return True, {"BLOCK_N": long_block, "num_warps": 32}
+        return True, {"BLOCK_N": long_block, "num_warps": min(max(long_block // 512, 1), 32)}
     warps = 1 if forward and block <= 1024 else min(max(block // 512, 1), 32 if forward else 16)
     return False, {"BLOCK_N": block, "num_warps": warps}
 
