@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from fusedlm.kernels import backend, sum_parts
 
@@ -51,6 +52,19 @@ def test_what_does_not_fit_is_refused() -> None:
     for bad in (torch.ones(()), torch.ones(0, 3), torch.ones(2, 3, dtype=torch.int64)):
         with pytest.raises(ValueError, match=r"expected floating-point parts, \(R, \*\) with R of 1 or more"):
             sum_parts(bad)
-    for out in (torch.ones(5), torch.ones(6).double(), torch.ones(12)[::2]):
-        with pytest.raises(ValueError, match=r"expected a contiguous \(6,\) torch.float32"):
+    for out in (torch.ones(5), torch.ones(6).double(), torch.ones(12)[::2], torch.ones(6, device="meta")):
+        with pytest.raises(ValueError, match=r"expected a contiguous \(6,\) torch.float32 on cpu"):
             sum_parts(x, out=out)
+
+
+@pytest.mark.parametrize("name", ["triton", "torch"])
+def test_where_it_writes_may_be_compiled(name: str) -> None:
+    def summed(x: Tensor, out: Tensor) -> Tensor:
+        return sum_parts(x, 0.5, out=out) + 1
+
+    x, out = torch.randn(3, 40, device=DEVICE), torch.full((40,), torch.nan, device=DEVICE)
+    torch._dynamo.reset()
+    with backend(name):  # type: ignore[arg-type]
+        y = torch.compile(summed, fullgraph=True, backend="aot_eager")(x, out)
+    torch.testing.assert_close(out.double(), x.double().sum(0) * 0.5, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(y, out + 1)

@@ -57,10 +57,12 @@ def sum_parts(x: Tensor, scale: float = 1.0, *, out: Tensor | None = None) -> Te
         raise ValueError("x requires a gradient, and sum_parts has none; expected a tensor that is not differentiated")
     if x.ndim == 0 or not x.shape[0] or not x.is_floating_point():
         raise ValueError(f"x is {tuple(x.shape)} {x.dtype}; expected floating-point parts, (R, *) with R of 1 or more")
-    if out is not None and (out.shape != x.shape[1:] or out.dtype != x.dtype or not out.is_contiguous()):
-        what = f"{tuple(out.shape)} {out.dtype} with strides {out.stride()}"
-        raise ValueError(f"out is {what}; expected a contiguous {tuple(x.shape[1:])} {x.dtype}")
-    if use_triton(x):
-        return _sum_parts(x, scale) if out is None else _launched(x, scale, out)
-    y = sum_parts_ref(x, scale)
+    if out is not None and (
+        out.shape != x.shape[1:] or out.dtype != x.dtype or out.device != x.device or not out.is_contiguous()
+    ):
+        what = f"{tuple(out.shape)} {out.dtype} on {out.device} with strides {out.stride()}"
+        raise ValueError(f"out is {what}; expected a contiguous {tuple(x.shape[1:])} {x.dtype} on {x.device}")
+    if out is not None and use_triton(x) and not torch.compiler.is_compiling():
+        return _launched(x, scale, out)
+    y = _sum_parts(x, scale) if use_triton(x) else sum_parts_ref(x, scale)
     return y if out is None else out.copy_(y)
