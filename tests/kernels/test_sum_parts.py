@@ -26,11 +26,13 @@ def test_it_writes_where_it_is_told(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["triton", "torch"])
 def test_it_rounds_once(name: str) -> None:
-    """2048 and 1, eight times: in fp16 every sum on the way would be 2048 again, and the products' sum as well."""
+    """2048 and 1, eight times: in fp16 every sum on the way would be 2048 again. And a sum that fp16 cannot hold has a
+    mean."""
     x = torch.tensor([[2048.0]] + [[1.0]] * 8, dtype=torch.float16, device=DEVICE)
     with backend(name):  # type: ignore[arg-type]
         assert sum_parts(x).item() == 2056.0
         assert sum_parts(x.repeat(9, 1), 1 / 9).item() == 2056.0
+        assert sum_parts(torch.full((8, 1), 20000.0, dtype=torch.float16, device=DEVICE), 1 / 8).item() == 20000.0
     assert sum(x.unbind()).item() == 2048.0, "and so the order of rounding shows"
 
 

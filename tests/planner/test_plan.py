@@ -85,6 +85,14 @@ def test_the_command_prints_what_the_planner_returns() -> None:
     assert f"{plan.memory.total / 2**30:.2f}" in text
 
 
+@pytest.mark.parametrize("setting", ["reshard", "direct"])
+def test_how_gpus_share_a_model_is_planned_as_told(setting: str) -> None:
+    arguments = ("--preset", "gpt2", "--gpu", "h100", "--batch", "32", "--context", "1024", "--gpus", "2", "--json")
+    told, default = (json.loads(run(*arguments, *more).stdout)["memory"] for more in ([f"--no-{setting}"], []))
+    plan = make_plan(GPT2, gpu="h100", batch=32, context=1024, gpus=2, **{setting: False})
+    assert told["total"] == plan.memory.total != default["total"]
+
+
 def test_the_command_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     def said(*arguments: str) -> str:
         done = run(*arguments)

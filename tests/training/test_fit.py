@@ -41,3 +41,17 @@ def test_where_there_is_nothing_to_choose() -> None:
     large = make_config("llama-3.1-8b", None, ["training.precision=fp16"])
     with pytest.raises(ValueError, match="not one row of 4,096 tokens fits into the 15 GiB of Tesla T4"):
         fitting_micro_batches(large, PRESETS["llama-3.1-8b"], find_gpu("t4"), 1)
+
+
+@pytest.mark.parametrize(
+    ("override", "reshard", "direct"),
+    [
+        ("parallel.replicas=1", True, True),
+        ("parallel.reshard_after_forward=false", False, True),
+        ("parallel.direct=false", True, False),
+        ("parallel.replicas=2", True, False),  # between which NCCL sums
+    ],
+)
+def test_how_gpus_share_a_model_is_planned_as_it_is_run(override: str, reshard: bool, direct: bool) -> None:
+    training = planned(make_config("gpt2", None, [override]), 1024, 4, 4, accumulate=False)
+    assert (training.gpus, training.reshard, training.direct) == (4, reshard, direct)

@@ -101,6 +101,14 @@ def test_weights_are_gathered_no_more_often_than_they_must(two: Path) -> None:
     assert told(two / "stage 2")["gathers"] == 2 * (1 + blocks)  # of each micro-batch, for they let go after it
 
 
+def test_gradients_are_exchanged_unless_told_otherwise(two: Path) -> None:
+    """Once for each block and for the rest; torch's own sums where they are asked for, and between replicas."""
+    blocks = 2
+    assert told(two / "stage 3")["exchanges"] == told(two / "bf16, adamw")["exchanges"] == 1 + blocks
+    for name in ("torch's collectives", "bf16, torch's collectives", "replicas"):
+        assert told(two / name)["exchanges"] == 0, name
+
+
 DEVICES = [
     "cpu",
     pytest.param("cuda", marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")),

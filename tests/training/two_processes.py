@@ -1,7 +1,7 @@
 """Runs for tests/training/test_parallel.py, under torchrun: python -m torch.distributed.run ... two_processes.py SPEC
 
 SPEC: JSON, a list of runs: {"folder", "resume", "overrides", "sections", "device"}. The first rank writes losses beside
-each, and how often weights were gathered in the last step.
+each, and how often weights were gathered and gradients exchanged in the last step.
 """
 
 import json
@@ -18,13 +18,14 @@ from fusedlm.training.config import make_config
 from fusedlm.training.judge import TrainingError
 
 
-class Gathers(TorchDispatchMode):
-    """Counts the all-gathers inside."""
+class Collectives(TorchDispatchMode):
+    """Counts the gathers and the exchanges inside."""
 
-    count = 0
+    gathers = exchanges = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += str(func).startswith("c10d._allgather")
+        self.gathers += str(func).startswith("c10d._allgather")
+        self.exchanges += str(func).startswith("c10d.alltoall")
         return func(*args, **(kwargs or {}))
 
 
@@ -33,15 +34,15 @@ class Losses:
         self.path = path
         self.losses: list[float] = []
         self.said: list[str] = []
-        self.gathers = 0
+        self.gathers = self.exchanges = 0
 
     def begin(self, trainer: Any, done: int) -> None:
         step = trainer.step.backward
 
         def counted(batches: Any) -> torch.Tensor:
-            with Gathers() as seen:
+            with Collectives() as seen:
                 result = step(batches)
-            self.gathers = seen.count
+            self.gathers, self.exchanges = seen.gathers, seen.exchanges
             return result
 
         trainer.step.backward = counted
@@ -56,7 +57,8 @@ class Losses:
         self.said.append(text)
 
     def end(self) -> None:
-        self.path.write_text(json.dumps({"losses": self.losses, "said": self.said, "gathers": self.gathers}))
+        counts = {"gathers": self.gathers, "exchanges": self.exchanges}
+        self.path.write_text(json.dumps({"losses": self.losses, "said": self.said, **counts}))
 
     def __getattr__(self, name: str) -> Any:
         return lambda *given: None
