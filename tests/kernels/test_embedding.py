@@ -1,11 +1,11 @@
-"""What embedding's backward pass does beyond the contract: keys that tell ids apart, a sort beside other work."""
+"""What embedding's backward pass does beyond the contract: the order of tokens, and one stream beside the other."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from fusedlm.kernels import backend, embedding
-from fusedlm.kernels.embedding.backward import _key_type, _keys
+from fusedlm.kernels.embedding.order import in_order, key_type, narrow_keys
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
@@ -17,14 +17,33 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="streams need a G
 )
 def test_keys_tell_ids_apart_and_lie_in_their_order(V: int, width: int) -> None:
     ids = torch.tensor([[V - 1, 0, V // 2], [V, -1, V + 7]])
-    keys = _keys(ids, V)
-    dtype, bias = _key_type(V)
+    keys = narrow_keys(ids, V)
+    dtype, bias = key_type(V)
     assert keys.dtype == dtype
     assert dtype.itemsize == width
     found = (keys.long() + bias).tolist()
     assert found[:3] == [V - 1, 0, V // 2]
     assert not set(found[3:]) & set(range(V)), "out of range, and so is its key"
     assert found[3] == found[5] == V
+
+
+@pytest.mark.parametrize("V", [1, 7, 300, 70000])
+@pytest.mark.parametrize("M", [1, 15, 16, 17, 63, 64, 65, 100, 4095, 4096, 4097, 16384, 16385])
+def test_tokens_lie_in_the_order_of_their_ids_and_those_of_one_id_in_their_own(M: int, V: int) -> None:
+    """Around every number at which another kernel takes over; a third of the ids out of range, far and near."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if M > 100 and device == "cpu":
+        pytest.skip("the interpreter ranks fewer")
+    generator = torch.Generator().manual_seed(M)
+    ids = torch.randint(0, V, (M,), generator=generator)
+    ids[torch.rand(M, generator=generator) < 0.1] = -1
+    ids[torch.rand(M, generator=generator) < 0.1] = V
+    ids[torch.rand(M, generator=generator) < 0.1] = 2**40
+    found = in_order(ids.to(device), V)
+    keys = (found.ids.cpu().long() + found.bias).tolist()
+    ours = [(v, token) for v, token in zip(keys, found.tokens.tolist(), strict=True) if 0 <= v < V]
+    assert ours == sorted((v, token) for token, v in enumerate(ids.tolist()) if 0 <= v < V)
+    assert sorted(found.tokens.tolist()) == list(range(M))
 
 
 def _truth(ids: Tensor, dy: Tensor, V: int, S: int) -> tuple[Tensor, Tensor]:
@@ -37,9 +56,10 @@ def _truth(ids: Tensor, dy: Tensor, V: int, S: int) -> tuple[Tensor, Tensor]:
 
 @GPU
 @pytest.mark.parametrize("V", [50, 50257, 70000])
-def test_steps_that_follow_each_other_at_once(V: int) -> None:
+@pytest.mark.parametrize("B", [16, 64, 160])  # one tile, several, a sort
+def test_steps_that_follow_each_other_at_once(B: int, V: int) -> None:
     """Nothing waits for the host, and memory goes round; every gradient is right, and the same at every repetition."""
-    B, T, C, S = 16, 128, 96, 200
+    T, C, S = 128, 96, 200
     w, pos = (torch.randn(n, C, device="cuda", requires_grad=True) for n in (V, S))
     ids = [torch.randint(0, V, (B, T), device="cuda") for _ in range(5)]
     upstream = [torch.randn(B, T, C, device="cuda") for _ in range(5)]
@@ -55,9 +75,10 @@ def test_steps_that_follow_each_other_at_once(V: int) -> None:
 
 
 @GPU
-def test_in_a_cuda_graph() -> None:
-    """The stream of the sort joins the capture, and leaves it."""
-    B, T, C, V = 8, 64, 64, 50257
+@pytest.mark.parametrize("B", [8, 300])
+def test_in_a_cuda_graph(B: int) -> None:
+    """The other stream joins the capture, and leaves it."""
+    T, C, V = 64, 64, 50257
     w, pos = (torch.randn(n, C, device="cuda", requires_grad=True) for n in (V, T))
     ids = torch.randint(0, V, (B, T), device="cuda")
     dy = torch.randn(B, T, C, device="cuda")

@@ -30,6 +30,18 @@ def keep_mask(seed, stream, row, first_group, threshold, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def keep_rows(seed, stream, row, first_group, threshold, BLOCK: tl.constexpr):
+    """(R, BLOCK) bool: keep_mask of R rows. row: (R,) int64."""
+    groups = (first_group + tl.arange(0, BLOCK // 8)).to(tl.uint32)[None, :]
+    low = row.to(tl.uint32)[:, None]
+    high = (row >> 32).to(tl.uint32)[:, None]
+    a, b, c, d = tl.philox(seed, groups, low, high, stream.to(tl.uint32), _ROUNDS)
+    words = tl.join(tl.join(a, c), tl.join(b, d))
+    halves = tl.join(words & 0xFFFF, words >> 16)
+    return tl.reshape(halves, (row.shape[0], BLOCK)).to(tl.int32) >= threshold
+
+
+@triton.jit
 def keep_groups(seed, stream, group, threshold):
     """(M, 8N) bool: which elements stay, of (M, N) groups of 8. group: (M, N) int64, index // 8 of their first ones.
 

@@ -1,12 +1,11 @@
 """The gradients of an embedding's tables: rows of dy, summed by id in a fixed order.
 
-Tokens are sorted by id. A program sums the runs of equal ids within its chunk of the sorted tokens and writes a row of
-the table for each; a second kernel puts together the runs that cross chunks. Rows that no token has are zeroed, and
-positions summed, while the sort runs on a stream of its own.
+Tokens are put in the order of their ids. A program sums the runs of equal ids within its chunk of them and writes a row
+of the table for each; a second kernel puts together the runs that cross chunks. Rows that no token has are zeroed, and
+positions summed, meanwhile.
 """
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,16 +13,21 @@ from torch import Tensor
 from fusedlm.kernels._backend import interpreting
 from fusedlm.kernels._launch import launch, rows
 from fusedlm.kernels._operator import operator
-from fusedlm.kernels._philox import drop_threshold, keep_mask
+from fusedlm.kernels._philox import drop_threshold, keep_rows
 from fusedlm.kernels._triton import tl, triton
+from fusedlm.kernels.embedding.order import in_order
+
+Mask = tuple[Tensor | None, int, int, float]  # a seed, a stream, and drop_threshold's
 
 
 @triton.jit
-def _dropped(dy, token, seed_ptr, stream, threshold, scale, first_group, BLOCK_C: tl.constexpr):
-    """drop(dy), fp32, of columns of a token from 8 * first_group on."""
-    dy = dy.to(tl.float32)
+def _dropped(dy_ptr, dy_stride, token, there, cols, mask, group, drop, BLOCK_C: tl.constexpr):
+    """(R, BLOCK_C) fp32: drop(dy) of R tokens, all on their way together; zeros where there is none."""
+    at = token[:, None] * dy_stride + cols[None, :]
+    dy = tl.load(dy_ptr + at, mask=there[:, None] & mask[None, :], other=0.0).to(tl.float32)
+    seed_ptr, stream, threshold, scale = drop
     if seed_ptr is not None:
-        keep = keep_mask(tl.load(seed_ptr), stream, token, first_group, threshold, BLOCK_C)
+        keep = keep_rows(tl.load(seed_ptr), stream, token, group, threshold, BLOCK_C)
         dy = tl.where(keep, dy * scale, 0.0)
     return dy
 
@@ -33,22 +37,6 @@ def _store_row(dw_ptr, at, total, mask, ADD: tl.constexpr):
     if ADD:
         total += tl.load(dw_ptr + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(dw_ptr + at, total.to(dw_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _mark_kernel(ids_ptr, touched_ptr, M, V, BLOCK_N: tl.constexpr):
-    at = tl.cast(tl.program_id(0), tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    v = tl.load(ids_ptr + at, mask=at < M, other=-1)
-    tl.store(touched_ptr + v, tl.full((BLOCK_N,), 1, tl.uint8), mask=(v >= 0) & (v < V))
-
-
-@triton.jit
-def _zero_kernel(touched_ptr, dw_ptr, V, C, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
-    lines = tl.cast(tl.program_id(0), tl.int64) * ROWS + tl.arange(0, ROWS)
-    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    others = tl.load(touched_ptr + lines, mask=lines < V, other=1) == 0
-    zeros = tl.zeros((ROWS, BLOCK_C), dw_ptr.dtype.element_ty)
-    tl.store(dw_ptr + lines[:, None] * C + cols[None, :], zeros, mask=others[:, None] & (cols < C)[None, :])
 
 
 @triton.jit
@@ -74,39 +62,41 @@ def _runs_kernel(
     threshold,
     scale,
     ADD: tl.constexpr,  # to what dw holds
-    BIAS: tl.constexpr,  # see _keys
+    BIAS: tl.constexpr,  # see Order
     CHUNK: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     chunk = tl.cast(tl.program_id(0), tl.int64)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = cols < C
     group = tl.program_id(1) * (BLOCK_C // 8)
+    mask = cols < C
     start = chunk * CHUNK
     end = tl.minimum(start + CHUNK, M)
     before = _key(ids_ptr, start - 1, start > 0, BIAS)
     after = _key(ids_ptr, end, end < M, BIAS)
     total = tl.zeros((BLOCK_C,), tl.float32)
-    # The next row is on its way while this one is added.
-    next_token = tl.load(order_ptr + start)
-    next_dy = tl.load(dy_ptr + next_token * dy_stride + cols, mask=mask, other=0.0)
-    for i in range(start, end):
-        token, dy = next_token, next_dy
-        next_token = tl.load(order_ptr + tl.minimum(i + 1, end - 1))  # the last once more is cheaper than a mask
-        next_dy = tl.load(dy_ptr + next_token * dy_stride + cols, mask=mask, other=0.0)
-        v = _key(ids_ptr, i, True, BIAS)
-        following = _key(ids_ptr, i + 1, i + 1 < end, BIAS)
-        total += _dropped(dy, token, seed_ptr, stream, threshold, scale, group, BLOCK_C)
-        if v != following:  # the end of a run, or of the chunk
-            # By branches and not by masks, of which the compiler could not tell that whole rows share them.
-            if (v >= 0) & (v < V):
-                if v == before:
-                    tl.store(first_ptr + chunk * C + cols, total, mask=mask)
-                elif (v == after) & (i + 1 == end):
-                    tl.store(last_ptr + chunk * C + cols, total, mask=mask)
-                else:
-                    _store_row(dw_ptr, v * C + cols, total, mask, ADD)
-            total = tl.zeros((BLOCK_C,), tl.float32)
+    place = tl.arange(0, AT_ONCE)
+    for first in range(start, end, AT_ONCE):
+        there = first + place < end
+        token = tl.load(order_ptr + first + place, mask=there, other=0).to(tl.int64)
+        drop = (seed_ptr, stream, threshold, scale)
+        rows = _dropped(dy_ptr, dy_stride, token, there, cols, mask, group, drop, BLOCK_C)
+        following = _key(ids_ptr, first, True, BIAS)
+        for i in tl.static_range(AT_ONCE):
+            v = following
+            following = _key(ids_ptr, first + i + 1, first + i + 1 < end, BIAS)
+            total += tl.sum(tl.where((place == i)[:, None], rows, 0.0), 0)  # row i
+            if v != following:  # the end of a run, or of the chunk
+                # By branches and not by masks, of which the compiler could not tell that whole rows share them.
+                if (v >= 0) & (v < V):
+                    if v == before:
+                        tl.store(first_ptr + chunk * C + cols, total, mask=mask)
+                    elif (v == after) & (first + i + 1 == end):
+                        tl.store(last_ptr + chunk * C + cols, total, mask=mask)
+                    else:
+                        _store_row(dw_ptr, v * C + cols, total, mask, ADD)
+                total = tl.zeros((BLOCK_C,), tl.float32)
 
 
 @triton.jit
@@ -148,88 +138,82 @@ def _join_kernel(
         _store_row(dw_ptr, v * C + cols, total, mask, ADD)
 
 
+@triton.jit
+def _mark_kernel(ids_ptr, touched_ptr, M, V, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr):
+    # Every program goes through all ids for its own rows: less than to wait for a kernel that writes zeros before.
+    first = tl.cast(tl.program_id(0), tl.int64) * BLOCK_V
+    rows = first + tl.arange(0, BLOCK_V)
+    tl.store(touched_ptr + rows, tl.zeros((BLOCK_V,), tl.uint8), mask=rows < V)
+    tl.debug_barrier()
+    for start in range(0, M, BLOCK_M):
+        at = start + tl.arange(0, BLOCK_M)
+        v = tl.load(ids_ptr + at, mask=at < M, other=-1)
+        own = (v >= first) & (v < tl.minimum(first + BLOCK_V, V))
+        tl.store(touched_ptr + v, tl.full((BLOCK_M,), 1, tl.uint8), mask=own)
+
+
 @triton.jit(do_not_specialize=["offset", "stream", "threshold"])
-def _positions_kernel(
+def _others_kernel(
     dy_ptr,
     seed_ptr,
-    dpos_ptr,
+    touched_ptr,  # (V,): which rows of dw tokens have
+    dw_ptr,  # None: positions alone
+    dpos_ptr,  # None: zeros alone
     dy_stride,
-    B,
-    T,
-    S,
+    M,
+    V,
     C,
+    T,
+    positions,
     offset,
     stream,
     threshold,
     scale,
     AT_ONCE: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    # Positions from an offset on: one program sums all sequences of a position, some of them on their way together.
-    t = tl.cast(tl.program_id(0), tl.int64)
+    # What waits for memory and what only writes, side by side. Positions take longest, and come first.
+    program = tl.cast(tl.program_id(0), tl.int64)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = cols < C
-    group = tl.program_id(1) * (BLOCK_C // 8)
-    total = tl.zeros((BLOCK_C,), tl.float32)
-    for start in range(0, B, AT_ONCE):
-        for i in tl.static_range(AT_ONCE):
-            b = start + i
-            token = tl.cast(tl.minimum(b, B - 1), tl.int64) * T + t
-            dy = tl.load(dy_ptr + token * dy_stride + cols, mask=mask, other=0.0)
-            dy = _dropped(dy, token, seed_ptr, stream, threshold, scale, group, BLOCK_C)
-            total += tl.where(b < B, dy, 0.0)
-    p = t + offset
-    if (p >= 0) & (p < S):
-        tl.store(dpos_ptr + p * C + cols, total.to(dpos_ptr.dtype.element_ty), mask=mask)
+    if program < positions:
+        if dpos_ptr is not None:
+            t = program - offset
+            group = tl.program_id(1) * (BLOCK_C // 8)
+            total = tl.zeros((BLOCK_C,), tl.float32)
+            if (t >= 0) & (t < T):
+                for first in range(t, M, AT_ONCE * T):
+                    token = first + tl.arange(0, AT_ONCE) * T
+                    drop = (seed_ptr, stream, threshold, scale)
+                    total += tl.sum(_dropped(dy_ptr, dy_stride, token, token < M, cols, mask, group, drop, BLOCK_C), 0)
+            tl.store(dpos_ptr + program * C + cols, total.to(dpos_ptr.dtype.element_ty), mask=mask)
+    elif dw_ptr is not None:
+        lines = (program - positions) * ROWS + tl.arange(0, ROWS)
+        others = tl.load(touched_ptr + lines, mask=lines < V, other=1) == 0
+        zeros = tl.zeros((ROWS, BLOCK_C), dw_ptr.dtype.element_ty)
+        # To leave the cache first: rows of dy are read twice.
+        at = lines[:, None] * C + cols[None, :]
+        tl.store(dw_ptr + at, zeros, mask=others[:, None] & mask[None, :], cache_modifier=".cs")
 
 
-def _columns(C: int, most: int) -> dict[str, int]:
-    """Columns a program of the backward kernels, at the most so many: 8 numbers a thread."""
-    block = min(max(triton.next_power_of_2(C), 8), 32 if interpreting() else most)
-    return {"BLOCK_C": block, "num_warps": max(block // 256, 1)}
+def _columns(C: int) -> dict[str, int]:
+    """Columns a program of the backward kernels. One warp: then no thread waits for another one's bits of a mask."""
+    return {"BLOCK_C": min(max(triton.next_power_of_2(C), 8), 32 if interpreting() else 256), "num_warps": 1}
 
 
-def _chunk(M: int) -> int:
-    """Places of a chunk. Few where there are few tokens: a program goes through them one after the other."""
-    return 4 if interpreting() else 8 if M <= 16384 else 32
+def _chunk(M: int) -> tuple[int, int]:
+    """Places of a chunk, and how many rows of dy are on their way together.
 
-
-def _key_type(V: int) -> tuple[torch.dtype, int]:
-    """In as few bytes as tell V rows and two more from each other, and what is subtracted: a radix sort goes over keys
-    byte by byte."""
-    if V < 2**8 - 1:
-        return torch.uint8, 0
-    return (torch.int16, 0) if V < 2**15 - 1 else (torch.int16, 2**15 - 1) if V < 2**16 - 1 else (torch.int32, 0)
-
-
-def _keys(ids: Tensor, V: int) -> Tensor:
-    """ids in one dimension; those out of range as -1 and V."""
-    dtype, bias = _key_type(V)
-    kept = ids.reshape(-1).clamp(-1, V)
-    return (kept - bias if bias else kept).to(dtype)
+    Where tokens are few, programs are: each takes all its places at once. Long chunks share fewer runs.
+    """
+    return (4, 2) if interpreting() else (8, 8) if M <= 16384 else (32, 4)
 
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """What little there is to do on it comes first: a sort leaves most of a GPU idle, and others wait for it."""
+    """What runs on it comes first: there is little of it at a time, and one kernel waits for the other."""
     return torch.cuda.Stream(device, priority=-1)
-
-
-def _sorted_meanwhile(ids: Tensor, V: int, meanwhile: Callable[[], None]) -> tuple[Tensor, Tensor]:
-    """ids as sorted keys, and the place that each had. On a GPU meanwhile's kernels run beside the sort."""
-    if not ids.is_cuda:
-        meanwhile()
-        return _keys(ids, V).sort(stable=True)
-    # What leaves the side stream is made here, so that its memory is this stream's.
-    ordered = torch.empty(ids.numel(), dtype=_key_type(V)[0], device=ids.device)
-    order = torch.empty(ids.numel(), dtype=torch.int64, device=ids.device)
-    main, side = torch.cuda.current_stream(ids.device), _side_stream(ids.device)
-    side.wait_stream(main)
-    with torch.cuda.stream(side):
-        torch.sort(_keys(ids, V), stable=True, out=(ordered, order))
-    meanwhile()
-    main.wait_stream(side)
-    return ordered, order
 
 
 def sum_rows(
@@ -248,58 +232,70 @@ def sum_rows(
 
     dpos: (S, C), gets the sums of positions, which count from the offset on.
     """
-    dy2 = rows(dy)
-    (M, C), V = dy2.shape, dw.shape[0]
-    if not M or not C:
+    dy2, ids = rows(dy), ids.contiguous()
+    if not dy2.numel():
         for table in ([] if add else [dw]) + ([] if dpos is None else [dpos]):
             table.zero_()
         return
-    ids, drop = ids.contiguous(), (stream, *drop_threshold(p))
-
-    def meanwhile() -> None:
-        if not add:
-            _zero_others(dw, ids)
-        if dpos is not None:
-            _sum_positions(dpos, dy2, ids.shape[-1], offset, seed, drop)
-
-    ordered, order = _sorted_meanwhile(ids, V, meanwhile)
-    size = _chunk(M)
-    chunks = triton.cdiv(M, size)
-    first, last = torch.empty((2, chunks, C), dtype=torch.float32, device=dy.device)
-    constants = {"ADD": add, "BIAS": _key_type(V)[1], "CHUNK": size}
-    config = _columns(C, 1024)
-    grid = (chunks, triton.cdiv(C, config["BLOCK_C"]), 1)
-    key = (dy.dtype, dw.dtype, ordered.dtype, seed is None)
-    scalars = (dy2.stride(0), M, V, C, *drop)
-    launch(_runs_kernel, grid, key, (dy2, ordered, order, seed, dw, first, last), scalars, {**constants, **config})
-    config = {"CHUNKS": 2 if interpreting() else 8, **_columns(C, 256)}
-    grid = (chunks, triton.cdiv(C, config["BLOCK_C"]), 1)
-    tables = (ordered, first, last, dw)
-    launch(_join_kernel, grid, (dw.dtype, ordered.dtype), tables, (M, V, C), {**constants, **config})
+    mask = (seed, stream, *drop_threshold(p))
+    chunks = triton.cdiv(ids.numel(), _chunk(ids.numel())[0])
+    parts = torch.empty((2, chunks, dw.shape[1]), dtype=torch.float32, device=dy.device)
+    zeroed, T = None if add else dw, ids.shape[-1]
+    if not dy.is_cuda or (zeroed is None and dpos is None):
+        _sum_others(zeroed, dpos, dy2, ids, T, offset, mask)
+        _sum_runs(dw, dy2, ids, mask, parts, add=add)
+        return
+    # Each writes rows that the other does not, so that they may run side by side. What is made on the side stream is
+    # used there alone.
+    main, side = torch.cuda.current_stream(dy.device), _side_stream(dy.device)
+    side.wait_stream(main)
+    _sum_others(zeroed, dpos, dy2, ids, T, offset, mask)
+    with torch.cuda.stream(side):
+        _sum_runs(dw, dy2, ids, mask, parts, add=add)
+    main.wait_stream(side)
 
 
-def _zero_others(dw: Tensor, ids: Tensor) -> None:
-    """Zeros into the rows of dw that ids do not name: the others are written anyway."""
-    V, C = dw.shape
-    touched = torch.zeros(V, dtype=torch.uint8, device=dw.device)
-    block = 64 if interpreting() else 256
-    grid = (triton.cdiv(ids.numel(), block), 1, 1)
-    launch(_mark_kernel, grid, (), (ids, touched), (ids.numel(), V), {"BLOCK_N": block, "num_warps": 4})
-    config = {"ROWS": 512 if interpreting() else 4, **_columns(C, 1024)}
-    grid = (triton.cdiv(V, config["ROWS"]), triton.cdiv(C, config["BLOCK_C"]), 1)
-    launch(_zero_kernel, grid, dw.dtype, (touched, dw), (V, C), config)
+def _sum_runs(dw: Tensor, dy: Tensor, ids: Tensor, mask: Mask, parts: Tensor, *, add: bool) -> None:
+    """Into dw, (V, C), the sums of the ids' rows of dy, (M, C). parts: (2, chunks, C), for what chunks share."""
+    (M, C), V = dy.shape, dw.shape[0]
+    order = in_order(ids, V)
+    seed, *drop = mask
+    chunk, at_once = _chunk(M)
+    constants = {"ADD": add, "BIAS": order.bias, "CHUNK": chunk}
+    columns = _columns(C)
+    grid = (parts.shape[1], triton.cdiv(C, columns["BLOCK_C"]), 1)
+    key = (dy.dtype, dw.dtype, order.ids.dtype, order.tokens.dtype, seed is None)
+    tensors = (dy, order.ids, order.tokens, seed, dw, *parts)
+    config = {**constants, "AT_ONCE": at_once, **columns}
+    launch(_runs_kernel, grid, key, tensors, (dy.stride(0), M, V, C, *drop), config)
+    config = {**constants, "CHUNKS": 2 if interpreting() else 8, **columns}
+    launch(_join_kernel, grid, (dw.dtype, order.ids.dtype), (order.ids, *parts, dw), (M, V, C), config)
 
 
-def _sum_positions(
-    dpos: Tensor, dy: Tensor, T: int, offset: int, seed: Tensor | None, drop: tuple[int, int, float]
+def _sum_others(
+    dw: Tensor | None, dpos: Tensor | None, dy: Tensor, ids: Tensor | None, T: int, offset: int, mask: Mask
 ) -> None:
-    """Into dpos, (S, C), the sums over sequences of dy, (B T, C), at positions from the offset on; zeros elsewhere."""
-    S, C = dpos.shape
-    dpos.zero_()
-    config = {"AT_ONCE": 2 if interpreting() else 8, **_columns(C, 256)}
-    grid = (T, triton.cdiv(C, config["BLOCK_C"]), 1)
-    scalars = (dy.stride(0), dy.shape[0] // T, T, S, C, offset, *drop)
-    launch(_positions_kernel, grid, (dy.dtype, seed is None), (dy, seed, dpos), scalars, config)
+    """Zeros into the rows of dw, (V, C), that ids do not name. Into dpos, (S, C), at positions from the offset on, the
+    sums over sequences, of T tokens, of dy, (M, C), and zeros elsewhere. Each only where it is given."""
+    if dw is None and dpos is None:
+        return
+    (M, C), V, S = dy.shape, 0 if dw is None else dw.shape[0], 0 if dpos is None else dpos.shape[0]
+    touched = None if ids is None or dw is None else _touched(ids, V)
+    seed, *drop = mask
+    constants = {"AT_ONCE": _chunk(M)[1], "ROWS": 512 if interpreting() else 16, **_columns(C)}
+    grid = (S + triton.cdiv(V, constants["ROWS"]), triton.cdiv(C, constants["BLOCK_C"]), 1)
+    key = (dy.dtype, seed is None, dw is None, dpos is None)
+    scalars = (dy.stride(0), M, V, C, T, S, offset, *drop)
+    launch(_others_kernel, grid, key, (dy, seed, touched, dw, dpos), scalars, constants)
+
+
+def _touched(ids: Tensor, V: int) -> Tensor:
+    """(V,) uint8: 1 for the rows that ids name, else 0."""
+    touched = torch.empty(V, dtype=torch.uint8, device=ids.device)
+    block_v, block_m = (32, 16) if interpreting() else (512, 4096)
+    constants = {"BLOCK_V": block_v, "BLOCK_M": block_m, "num_warps": 16}
+    launch(_mark_kernel, (triton.cdiv(V, block_v), 1, 1), ids.dtype, (ids, touched), (ids.numel(), V), constants)
+    return touched
 
 
 @operator(fake=lambda dy, ids, V, S, *_: (dy.new_empty((V, dy.shape[-1])), dy.new_empty((S, dy.shape[-1]))))
@@ -318,7 +314,7 @@ def positions_backward(dy: Tensor, S: int, offset: int, p: float, seed: Tensor |
     """The gradient of a table of S positions alone."""
     dpos = torch.empty((S, dy.shape[-1]), dtype=dy.dtype, device=dy.device)
     if dy.numel():
-        _sum_positions(dpos, rows(dy), dy.shape[-2], offset, seed, (stream, *drop_threshold(p)))
+        _sum_others(None, dpos, rows(dy), None, dy.shape[-2], offset, (seed, stream, *drop_threshold(p)))
     else:
         dpos.zero_()
     return dpos
