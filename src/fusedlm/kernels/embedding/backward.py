@@ -139,62 +139,52 @@ def _join_kernel(
 
 
 @triton.jit
-def _mark_kernel(ids_ptr, touched_ptr, M, V, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr):
-    # Every program goes through all ids for its own rows: less than to wait for a kernel that writes zeros before.
-    first = tl.cast(tl.program_id(0), tl.int64) * BLOCK_V
-    rows = first + tl.arange(0, BLOCK_V)
-    tl.store(touched_ptr + rows, tl.zeros((BLOCK_V,), tl.uint8), mask=rows < V)
-    tl.debug_barrier()
-    for start in range(0, M, BLOCK_M):
-        at = start + tl.arange(0, BLOCK_M)
-        v = tl.load(ids_ptr + at, mask=at < M, other=-1)
-        own = (v >= first) & (v < tl.minimum(first + BLOCK_V, V))
-        tl.store(touched_ptr + v, tl.full((BLOCK_M,), 1, tl.uint8), mask=own)
+def _mark_kernel(ids_ptr, touched_ptr, M, V, BLOCK_N: tl.constexpr):
+    at = tl.cast(tl.program_id(0), tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    v = tl.load(ids_ptr + at, mask=at < M, other=-1)
+    tl.store(touched_ptr + v, tl.full((BLOCK_N,), 1, tl.uint8), mask=(v >= 0) & (v < V))
+
+
+@triton.jit
+def _zero_kernel(touched_ptr, dw_ptr, V, C, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+    lines = tl.cast(tl.program_id(0), tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    others = tl.load(touched_ptr + lines, mask=lines < V, other=1) == 0
+    zeros = tl.zeros((ROWS, BLOCK_C), dw_ptr.dtype.element_ty)
+    # To leave the cache first: rows of dy are read twice.
+    at = lines[:, None] * C + cols[None, :]
+    tl.store(dw_ptr + at, zeros, mask=others[:, None] & (cols < C)[None, :], cache_modifier=".cs")
 
 
 @triton.jit(do_not_specialize=["offset", "stream", "threshold"])
-def _others_kernel(
+def _positions_kernel(
     dy_ptr,
     seed_ptr,
-    touched_ptr,  # (V,): which rows of dw tokens have
-    dw_ptr,  # None: positions alone
-    dpos_ptr,  # None: zeros alone
+    dpos_ptr,
     dy_stride,
     M,
-    V,
     C,
     T,
-    positions,
     offset,
     stream,
     threshold,
     scale,
     AT_ONCE: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    # What waits for memory and what only writes, side by side. Positions take longest, and come first.
-    program = tl.cast(tl.program_id(0), tl.int64)
+    # One program sums all sequences of a position; zeros where no token has it.
+    p = tl.cast(tl.program_id(0), tl.int64)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    group = tl.program_id(1) * (BLOCK_C // 8)
     mask = cols < C
-    if program < positions:
-        if dpos_ptr is not None:
-            t = program - offset
-            group = tl.program_id(1) * (BLOCK_C // 8)
-            total = tl.zeros((BLOCK_C,), tl.float32)
-            if (t >= 0) & (t < T):
-                for first in range(t, M, AT_ONCE * T):
-                    token = first + tl.arange(0, AT_ONCE) * T
-                    drop = (seed_ptr, stream, threshold, scale)
-                    total += tl.sum(_dropped(dy_ptr, dy_stride, token, token < M, cols, mask, group, drop, BLOCK_C), 0)
-            tl.store(dpos_ptr + program * C + cols, total.to(dpos_ptr.dtype.element_ty), mask=mask)
-    elif dw_ptr is not None:
-        lines = (program - positions) * ROWS + tl.arange(0, ROWS)
-        others = tl.load(touched_ptr + lines, mask=lines < V, other=1) == 0
-        zeros = tl.zeros((ROWS, BLOCK_C), dw_ptr.dtype.element_ty)
-        # To leave the cache first: rows of dy are read twice.
-        at = lines[:, None] * C + cols[None, :]
-        tl.store(dw_ptr + at, zeros, mask=others[:, None] & mask[None, :], cache_modifier=".cs")
+    t = p - offset
+    total = tl.zeros((BLOCK_C,), tl.float32)
+    if (t >= 0) & (t < T):
+        for first in range(t, M, AT_ONCE * T):
+            token = first + tl.arange(0, AT_ONCE) * T
+            drop = (seed_ptr, stream, threshold, scale)
+            total += tl.sum(_dropped(dy_ptr, dy_stride, token, token < M, cols, mask, group, drop, BLOCK_C), 0)
+    tl.store(dpos_ptr + p * C + cols, total.to(dpos_ptr.dtype.element_ty), mask=mask)
 
 
 def _columns(C: int) -> dict[str, int]:
@@ -240,17 +230,25 @@ def sum_rows(
     mask = (seed, stream, *drop_threshold(p))
     chunks = triton.cdiv(ids.numel(), _chunk(ids.numel())[0])
     parts = torch.empty((2, chunks, dw.shape[1]), dtype=torch.float32, device=dy.device)
-    zeroed, T = None if add else dw, ids.shape[-1]
-    if not dy.is_cuda or (zeroed is None and dpos is None):
-        _sum_others(zeroed, dpos, dy2, ids, T, offset, mask)
+    T = ids.shape[-1]
+    if not dy.is_cuda:
+        if not add:
+            _zero_others(dw, ids)
+        if dpos is not None:
+            _sum_positions(dpos, dy2, T, offset, mask)
         _sum_runs(dw, dy2, ids, mask, parts, add=add)
         return
-    # Each writes rows that the other does not, so that they may run side by side. What is made on the side stream is
-    # used there alone.
+    # Zeros, positions and runs are written to different places, so that they may run side by side: what only writes
+    # beside what waits for memory. What is made on the side stream is used there alone.
     main, side = torch.cuda.current_stream(dy.device), _side_stream(dy.device)
     side.wait_stream(main)
-    _sum_others(zeroed, dpos, dy2, ids, T, offset, mask)
+    if not add:
+        _zero_others(dw, ids)
+    elif dpos is not None:
+        _sum_positions(dpos, dy2, T, offset, mask)
     with torch.cuda.stream(side):
+        if dpos is not None and not add:
+            _sum_positions(dpos, dy2, T, offset, mask)
         _sum_runs(dw, dy2, ids, mask, parts, add=add)
     main.wait_stream(side)
 
@@ -272,30 +270,27 @@ def _sum_runs(dw: Tensor, dy: Tensor, ids: Tensor, mask: Mask, parts: Tensor, *,
     launch(_join_kernel, grid, (dw.dtype, order.ids.dtype), (order.ids, *parts, dw), (M, V, C), config)
 
 
-def _sum_others(
-    dw: Tensor | None, dpos: Tensor | None, dy: Tensor, ids: Tensor | None, T: int, offset: int, mask: Mask
-) -> None:
-    """Zeros into the rows of dw, (V, C), that ids do not name. Into dpos, (S, C), at positions from the offset on, the
-    sums over sequences, of T tokens, of dy, (M, C), and zeros elsewhere. Each only where it is given."""
-    if dw is None and dpos is None:
-        return
-    (M, C), V, S = dy.shape, 0 if dw is None else dw.shape[0], 0 if dpos is None else dpos.shape[0]
-    touched = None if ids is None or dw is None else _touched(ids, V)
+def _zero_others(dw: Tensor, ids: Tensor) -> None:
+    """Zeros into the rows of dw, (V, C), that ids do not name."""
+    V, C = dw.shape
+    touched = torch.zeros(V, dtype=torch.uint8, device=dw.device)
+    block = 64 if interpreting() else 256
+    grid = (triton.cdiv(ids.numel(), block), 1, 1)
+    launch(_mark_kernel, grid, ids.dtype, (ids, touched), (ids.numel(), V), {"BLOCK_N": block, "num_warps": 4})
+    constants = {"ROWS": 512 if interpreting() else 8, **_columns(C)}
+    grid = (triton.cdiv(V, constants["ROWS"]), triton.cdiv(C, constants["BLOCK_C"]), 1)
+    launch(_zero_kernel, grid, dw.dtype, (touched, dw), (V, C), constants)
+
+
+def _sum_positions(dpos: Tensor, dy: Tensor, T: int, offset: int, mask: Mask) -> None:
+    """Into dpos, (S, C), at positions from the offset on, the sums over sequences, of T tokens, of dy, (M, C); zeros
+    elsewhere."""
+    (S, C), M = dpos.shape, dy.shape[0]
     seed, *drop = mask
-    constants = {"AT_ONCE": _chunk(M)[1], "ROWS": 512 if interpreting() else 16, **_columns(C)}
-    grid = (S + triton.cdiv(V, constants["ROWS"]), triton.cdiv(C, constants["BLOCK_C"]), 1)
-    key = (dy.dtype, seed is None, dw is None, dpos is None)
-    scalars = (dy.stride(0), M, V, C, T, S, offset, *drop)
-    launch(_others_kernel, grid, key, (dy, seed, touched, dw, dpos), scalars, constants)
-
-
-def _touched(ids: Tensor, V: int) -> Tensor:
-    """(V,) uint8: 1 for the rows that ids name, else 0."""
-    touched = torch.empty(V, dtype=torch.uint8, device=ids.device)
-    block_v, block_m = (32, 16) if interpreting() else (512, 4096)
-    constants = {"BLOCK_V": block_v, "BLOCK_M": block_m, "num_warps": 16}
-    launch(_mark_kernel, (triton.cdiv(V, block_v), 1, 1), ids.dtype, (ids, touched), (ids.numel(), V), constants)
-    return touched
+    constants = {"AT_ONCE": _chunk(M)[1], **_columns(C)}
+    grid = (S, triton.cdiv(C, constants["BLOCK_C"]), 1)
+    scalars = (dy.stride(0), M, C, T, offset, *drop)
+    launch(_positions_kernel, grid, (dy.dtype, seed is None), (dy, seed, dpos), scalars, constants)
 
 
 @operator(fake=lambda dy, ids, V, S, *_: (dy.new_empty((V, dy.shape[-1])), dy.new_empty((S, dy.shape[-1]))))
@@ -314,7 +309,7 @@ def positions_backward(dy: Tensor, S: int, offset: int, p: float, seed: Tensor |
     """The gradient of a table of S positions alone."""
     dpos = torch.empty((S, dy.shape[-1]), dtype=dy.dtype, device=dy.device)
     if dy.numel():
-        _sum_others(None, dpos, rows(dy), None, dy.shape[-2], offset, (seed, stream, *drop_threshold(p)))
+        _sum_positions(dpos, rows(dy), dy.shape[-2], offset, (seed, stream, *drop_threshold(p)))
     else:
         dpos.zero_()
     return dpos
