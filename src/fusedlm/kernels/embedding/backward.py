@@ -230,25 +230,23 @@ def sum_rows(
     mask = (seed, stream, *drop_threshold(p))
     chunks = triton.cdiv(ids.numel(), _chunk(ids.numel())[0])
     parts = torch.empty((2, chunks, dw.shape[1]), dtype=torch.float32, device=dy.device)
-    T = ids.shape[-1]
-    if not dy.is_cuda:
+
+    def others() -> None:
         if not add:
             _zero_others(dw, ids)
         if dpos is not None:
-            _sum_positions(dpos, dy2, T, offset, mask)
+            _sum_positions(dpos, dy2, ids.shape[-1], offset, mask)
+
+    if not dy.is_cuda or (add and dpos is None):
+        others()
         _sum_runs(dw, dy2, ids, mask, parts, add=add)
         return
     # Zeros, positions and runs are written to different places, so that they may run side by side: what only writes
     # beside what waits for memory. What is made on the side stream is used there alone.
     main, side = torch.cuda.current_stream(dy.device), _side_stream(dy.device)
     side.wait_stream(main)
-    if not add:
-        _zero_others(dw, ids)
-    elif dpos is not None:
-        _sum_positions(dpos, dy2, T, offset, mask)
+    others()
     with torch.cuda.stream(side):
-        if dpos is not None and not add:
-            _sum_positions(dpos, dy2, T, offset, mask)
         _sum_runs(dw, dy2, ids, mask, parts, add=add)
     main.wait_stream(side)
 
@@ -277,7 +275,7 @@ def _zero_others(dw: Tensor, ids: Tensor) -> None:
     block = 64 if interpreting() else 256
     grid = (triton.cdiv(ids.numel(), block), 1, 1)
     launch(_mark_kernel, grid, ids.dtype, (ids, touched), (ids.numel(), V), {"BLOCK_N": block, "num_warps": 4})
-    constants = {"ROWS": 512 if interpreting() else 8, **_columns(C)}
+    constants = {"ROWS": 512 if interpreting() else 4, **_columns(C)}
     grid = (triton.cdiv(V, constants["ROWS"]), triton.cdiv(C, constants["BLOCK_C"]), 1)
     launch(_zero_kernel, grid, dw.dtype, (touched, dw), (V, C), constants)
 
@@ -287,7 +285,9 @@ def _sum_positions(dpos: Tensor, dy: Tensor, T: int, offset: int, mask: Mask) ->
     elsewhere."""
     (S, C), M = dpos.shape, dy.shape[0]
     seed, *drop = mask
-    constants = {"AT_ONCE": _chunk(M)[1], **_columns(C)}
+    # A warp for every 8 sequences, to 4 of them: as many rows on their way as few positions allow.
+    at_once = 2 if interpreting() else min(triton.next_power_of_2(triton.cdiv(M, T)), 32)
+    constants = {"AT_ONCE": at_once, **_columns(C), "num_warps": triton.cdiv(at_once, 8)}
     grid = (S, triton.cdiv(C, constants["BLOCK_C"]), 1)
     scalars = (dy.stride(0), M, C, T, offset, *drop)
     launch(_positions_kernel, grid, (dy.dtype, seed is None), (dy, seed, dpos), scalars, constants)
