@@ -36,7 +36,13 @@ def steps_table(measured: Mapping[str, Results]) -> str:
             memory = f"{row['peak_bytes'] / 2**30:.1f}" if row["peak_bytes"] else ""
             cells = [name, f"{row['tokens_per_second']:,.0f}", f"{row['seconds'] * 1e3:,.1f}", mfu, memory, against]
             lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *dict.fromkeys(machine(found) for found in measured.values())])
+    on: dict[str, list[str]] = {}
+    for suite in TITLES:
+        if suite in measured:
+            on.setdefault(machine(measured[suite]), []).append(TITLES[suite].split(",")[0])
+    # A line each; where there are several, it says what was measured on which.
+    told = [f"{', '.join(dict.fromkeys(what))}: {where}" for where, what in on.items()] if len(on) > 1 else list(on)
+    return "\n".join([*lines, "", "\\\n".join(told)])
 
 
 def machine(results: Results) -> str:
