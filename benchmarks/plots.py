@@ -186,8 +186,11 @@ def representative(groups: Sequence[Group]) -> Group:
 
 
 def summary_figure(rows: Iterable[Row]) -> Figure:
-    """The best peer's time over ours: a bar an op and pass at one size, a thin line over all sizes and options."""
-    every = grouped(rows)
+    """The best peer's time over ours: a bar an op and pass at one size, a thin line over all sizes and options.
+
+    What an op by itself leaves to torch's own is not counted.
+    """
+    every = [group for group in grouped(rows) if not group[0].get("left_to_torch")]
     alone = ops_without_backward(every)
     colors = {"forward": "#E69F00", "backward": "#56B4E9", "both": "#009E73", "alone": "#999999"}
     texts = {**PASSES, "alone": "has no backward pass"}

@@ -280,6 +280,9 @@ def test_plots(tmp_path: Path) -> None:
     axes = summary_figure(spread).axes[0]
     assert [bar.get_width() for bar in axes.patches] == [1.0]  # the middle size
     assert axes.collections[0].get_segments()[0].tolist() == pytest.approx(np.array([[2 / 3, 0], [2, 0]]))
+    left = [measured("fusedlm", 1.0, shape={"N": 4}) | {"left_to_torch": True}, measured("torch", 0.1, shape={"N": 4})]
+    lines = summary_figure([*spread, *left]).axes[0].collections[0].get_segments()
+    assert lines[0].tolist() == pytest.approx(np.array([[2 / 3, 0], [2, 0]]))  # what nobody is given is not counted
     single = op_figure("op", spread[:2])
     assert single.axes[0].get_title("left") == "op"  # without a backward pass there is nothing to tell apart
     assert [bar.get_height() for bar in single.axes[0].patches] == [2000, 1000]
