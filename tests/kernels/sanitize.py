@@ -2,8 +2,9 @@
 
     python tests/kernels/sanitize.py [NAMES] [--tools memcheck racecheck]
 
-Ops run forward and backward on the contract's shapes, in bf16 and fp32, with every tensor an allocation of its own, so
-that a read past its end is one. The exit status is 1 where something is found, 2 where there is no compute-sanitizer.
+Ops run forward and backward on the contract's shapes (of the large ones on those that are not very), in bf16 and fp32,
+with every tensor an allocation of its own, so that a read past its end is one. The exit status is 1 where something is
+found, 2 where there is no compute-sanitizer.
 Under racecheck the kernels for every GPU serve in place of those for Hopper: it does not follow how warps of these wait
 for each other (docs/kernels/README.md says why they may). What it says of cuBLAS's own kernels does not count.
 """
@@ -22,9 +23,12 @@ from unittest.mock import patch
 import torch
 
 from fusedlm.kernels import _launch, backend
+from fusedlm.testing import OpCase
 from fusedlm.testing.cases import CASES
+from fusedlm.testing.contract import Shape
 
 DTYPES = (torch.bfloat16, torch.float32)
+MOST = 2**21  # numbers that go in: more would take minutes
 FOUND = 86  # the exit status that compute-sanitizer is told to end with
 
 
@@ -35,11 +39,17 @@ def no_hopper_kernels() -> Iterator[None]:
         yield
 
 
+def numbers(case: OpCase, shape: Shape) -> int:
+    """How many go in."""
+    with torch.device("meta"):
+        return sum(v.numel() for v in case.inputs(shape, None).values() if isinstance(v, torch.Tensor))
+
+
 def run(names: list[str]) -> None:
     """The work that is watched."""
     for name in names:
         case = CASES[name]
-        for shape in case.shapes:
+        for shape in (*case.shapes, *(shape for shape in case.large if numbers(case, shape) <= MOST)):
             for dtype in DTYPES:
                 made = case.inputs(shape, torch.Generator().manual_seed(0))
                 inputs = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in made.items()}

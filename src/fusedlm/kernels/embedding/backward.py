@@ -285,8 +285,8 @@ def _sum_positions(dpos: Tensor, dy: Tensor, T: int, offset: int, mask: Mask) ->
     elsewhere."""
     (S, C), M = dpos.shape, dy.shape[0]
     seed, *drop = mask
-    # A warp for every 8 sequences, to 4 of them: as many rows on their way as few positions allow.
-    at_once = 2 if interpreting() else min(triton.next_power_of_2(triton.cdiv(M, T)), 32)
+    # Four warps of 8 rows each, for else few positions have too few rows on their way; one for what one can hold.
+    at_once = 2 if interpreting() else 8 if M <= 8 * T else 32
     constants = {"AT_ONCE": at_once, **_columns(C), "num_warps": triton.cdiv(at_once, 8)}
     grid = (S, triton.cdiv(C, constants["BLOCK_C"]), 1)
     scalars = (dy.stride(0), M, C, T, offset, *drop)

@@ -40,6 +40,11 @@ CASES = (
             {"B": 9, "T": 9, "C": 8, "V": 300},  # many enough to be sorted, in the interpreter: as int16, and as int32
             {"B": 9, "T": 9, "C": 8, "V": 40000},
         ),
+        large=(  # ranked in several tiles; sorted, as int16 and as int32
+            {"B": 41, "T": 127, "C": 24, "V": 300, "p": 0.3},
+            {"B": 130, "T": 127, "C": 24, "V": 300, "runs": True},
+            {"B": 130, "T": 127, "C": 16, "V": 70000, "S": 130, "offset": 3, "p": 0.3},
+        ),
         gradients=("weight", "position_weight"),
         traffic=lambda s: (2 * s["B"] * s["T"] * s["C"], (2 * s["B"] * s["T"] + s["V"] + s["S"]) * s["C"]),
         bench=tuple(
