@@ -35,6 +35,9 @@ VARIANTS = {
     "lora": ["lora.rank=2", "parallel.reshard_after_forward=true"],
     "torch's collectives": ["parallel.direct=false"],
     "chats": ["data.documents=separate", "training.spike_sigmas=9"],
+    # The first save without an evaluation right before it, the last one after one.
+    "evaluations": ["evaluation.interval=8"],
+    "evaluations, stage 2": ["evaluation.interval=8", "parallel.reshard_after_forward=false"],
 }
 
 

@@ -73,6 +73,18 @@ def _reach_each_other(ranks: Ranks) -> bool:
     return not ranks.any(not (reached and hasattr(dist.ProcessGroupNCCL, "NCCL_CTA_POLICY_ZERO")))
 
 
+def let_go(model: nn.Module) -> None:
+    """After a forward pass that no backward pass follows: what stays for that one is divided again.
+
+    Until then parameters are whole, which a save would take for the shards of every rank.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def fill(model: nn.Module, whole: nn.Module | None, ranks: Ranks) -> None:
     """Give a model that was divided on "meta" its parts on the ranks' devices, with the values of a whole one.
 

@@ -33,7 +33,7 @@ from fusedlm.training.lora import frozen_fingerprint, merged
 from fusedlm.training.memory import peak_memory
 from fusedlm.training.metrics import METRICS_FILE, Observer, Record, read_metrics
 from fusedlm.training.optimizer import Optimizer
-from fusedlm.training.parallel import fill, gathered, shard
+from fusedlm.training.parallel import fill, gathered, let_go, shard
 from fusedlm.training.profiling import profiled
 from fusedlm.training.publish import model_of, publish
 from fusedlm.training.randomness import seed_step
@@ -363,6 +363,8 @@ class Trainer:
             return
         with self.clock.paused():
             found: Evaluated = evaluate(self.model, self.rows, self.ranks, self.config.evaluation.batches)
+            if self.ranks.size > 1:
+                let_go(self.model)
             self.val_losses.append(found.loss)
             tokens = self.done * self.tokens_a_step
             record = Record(step=self.done, tokens=tokens, seconds=self.clock.seconds, val_loss=found.loss)
