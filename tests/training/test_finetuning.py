@@ -1,6 +1,7 @@
 """From a checkpoint: all weights or LoRA, chats with the loss on answers, documents apart; then merged and exported."""
 
 import json
+import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,7 @@ from fusedlm.training.checkpoints import StateError
 from fusedlm.training.config import LoRAConfig
 from fusedlm.training.lora import LoRALinear, add_lora, merged
 from fusedlm.training.publish import model_of
+from fusedlm.training.saved import saved_model
 from fusedlm.training.step import plain_loss
 
 
@@ -104,8 +106,25 @@ def test_lora_of_other_frozen_weights_is_refused(run: Callable[..., Any], first:
     run("lora", *settings)
     run("other", "training.steps=3")
     (first / "model.safetensors").write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
-    with pytest.raises(StateError, match="that are not trained are not those this run began with"):
-        run("lora", *settings, resume=True)
+    for read in (lambda: run("lora", *settings, resume=True), lambda: saved_model(tmp_path / "lora")):
+        with pytest.raises(StateError, match="that are not trained are not those this run began with"):
+            read()
+
+
+def test_a_saved_model_has_the_tokenizer_that_it_was_trained_with(
+    run: Callable[..., Any], dataset_folder: Path, tmp_path: Path
+) -> None:
+    """Whatever lies in its dataset's place by now."""
+    shutil.copytree(dataset_folder, tmp_path / "data")
+    run("run", f"data.sources=['{tmp_path}/data']")
+    shutil.rmtree(tmp_path / "data")
+    assert saved_model(tmp_path / "run").tokenizer.encode("cat") == Dataset(dataset_folder).tokenizer().encode("cat")
+    (tmp_path / "other.txt").write_text("".join(map(chr, range(200, 300))) * 20)
+    prepare(find_sources([tmp_path / "other.txt"]), tmp_path / "data", "characters")
+    assert saved_model(tmp_path / "run").tokenizer.encode("cat") == Dataset(dataset_folder).tokenizer().encode("cat")
+    (tmp_path / "run" / "characters.json").unlink()
+    with pytest.raises(StateError, match=r"the tokenizer of .*data is not the one this run began with"):
+        saved_model(tmp_path / "run")
 
 
 def documents(tmp_path: Path) -> Dataset:

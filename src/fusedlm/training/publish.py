@@ -6,8 +6,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from fusedlm.checkpoint.config import config_from_huggingface
 from fusedlm.checkpoint.load import save_checkpoint
 from fusedlm.models import DecoderModel, ModelConfig, build_model
 from fusedlm.tokenizer.interface import Tokenizer
@@ -20,6 +22,13 @@ def model_of(config: ModelConfig, parameters: dict[str, Tensor]) -> DecoderModel
     model = build_model(config, device="meta")
     model.load_state_dict(parameters, assign=True)
     return model.eval()
+
+
+def described_model(described: object) -> DecoderModel:
+    """A model of a manifest's sizes and dtype, as Hugging Face's config.json says them; its weights are to be read."""
+    values = dict(described)  # type: ignore[call-overload]
+    dtype = getattr(torch, values["torch_dtype"])
+    return build_model(config_from_huggingface(values, where="the checkpoint"), dtype=dtype)
 
 
 def publish(model: DecoderModel, folder: Path, tokenizer: Tokenizer | None, generation: dict[str, Any]) -> None:

@@ -8,18 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusedlm.checkpoint.config import config_from_huggingface
 from fusedlm.data.dataset import Dataset
 from fusedlm.data.loader import Evaluation
 from fusedlm.kernels import join_master, new_master
-from fusedlm.models import DecoderModel, build_model
+from fusedlm.models import DecoderModel
 from fusedlm.tokenizer.interface import Tokenizer
-from fusedlm.training.checkpoints import Checkpoints, StateError
-from fusedlm.training.config import RunConfig
+from fusedlm.tokenizer.load import load_tokenizer
+from fusedlm.training.checkpoints import Checkpoints, SavedCheckpoint, StateError
 from fusedlm.training.datasets import open_dataset
 from fusedlm.training.evaluation import Evaluated, evaluate
-from fusedlm.training.lora import merged
-from fusedlm.training.publish import model_of
+from fusedlm.training.identity import check_frozen, check_tokenizer
+from fusedlm.training.lora import frozen_fingerprint, merged
+from fusedlm.training.publish import described_model, model_of
 from fusedlm.training.ranks import Ranks
 from fusedlm.training.run import first_model, read_run
 from fusedlm.training.saver import load_state
@@ -54,8 +54,16 @@ def saved_model(
     if found is None:
         raise StateError(f"{folder} has no checkpoint yet")
     ranks = Ranks(0, 1, torch.device("cpu"))
-    dataset = open_dataset(config.data, folder / "data", offline=offline, cache_dir=cache_dir)
-    model = _skeleton(config, dataset, found.manifest.model, offline, cache_dir)
+    tokenizer = _own_tokenizer(folder, found)
+    if tokenizer is None or config.lora.rank:
+        dataset = open_dataset(config.data, folder / "data", offline=offline, cache_dir=cache_dir)
+        tokenizer = tokenizer or dataset.tokenizer()
+        check_tokenizer(tokenizer, found, f"the tokenizer of {dataset.folder}")
+    if config.lora.rank:  # the weights that are not trained are not saved
+        model = first_model(config, dataset, torch.device("cpu"), offline=offline, cache_dir=cache_dir)
+        check_frozen(frozen_fingerprint(model), found, config)
+    else:
+        model = described_model(found.manifest.model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     state: dict[str, Tensor] = {f"model.{name}": p.detach() for name, p in trained.items()}
     if masters and config.training.precision != "bf16-pure":
@@ -66,7 +74,7 @@ def saved_model(
     if masters:
         parameters = {name: _master(name, p, state) for name, p in parameters.items()}
     whole = model_of(model.config, merged(parameters, config.lora))
-    return SavedModel(whole, dataset.tokenizer(), found.manifest.step)
+    return SavedModel(whole, tokenizer, found.manifest.step)
 
 
 def _master(name: str, p: Tensor, state: dict[str, Tensor]) -> Tensor:
@@ -75,15 +83,14 @@ def _master(name: str, p: Tensor, state: dict[str, Tensor]) -> Tensor:
     return state.get(f"optimizer.{name}.master", p).float() if low is None else join_master(p, low)
 
 
-def _skeleton(
-    config: RunConfig, dataset: Dataset, described: object, offline: bool, cache_dir: Path | None
-) -> DecoderModel:
-    """A model of the run's shapes and dtypes; with LoRA, the frozen weights are in it."""
-    if config.lora.rank:
-        return first_model(config, dataset, torch.device("cpu"), offline=offline, cache_dir=cache_dir)
-    values = dict(described)  # type: ignore[call-overload]
-    dtype = getattr(torch, values["torch_dtype"])
-    return build_model(config_from_huggingface(values, where="the checkpoint"), dtype=dtype)
+def _own_tokenizer(folder: Path, found: SavedCheckpoint) -> Tokenizer | None:
+    """The one beside the trained model in a run's folder, where it is the one that the run was trained with."""
+    try:
+        tokenizer = load_tokenizer(folder)
+        check_tokenizer(tokenizer, found, str(folder))
+    except ValueError:  # the run has not come to its end, or somebody has put another one there
+        return None
+    return tokenizer
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from fusedlm.training.clock import Clock
 from fusedlm.training.config import RunConfig
 from fusedlm.training.evaluation import Evaluated, evaluate
 from fusedlm.training.guard import first_nonfinite
+from fusedlm.training.identity import check_frozen, check_tokenizer
 from fusedlm.training.judge import Judge, batch_of
 from fusedlm.training.lora import frozen_fingerprint, merged
 from fusedlm.training.memory import peak_memory
@@ -177,15 +178,8 @@ class Trainer:
     def _check_run(self, found: SavedCheckpoint) -> None:
         before, now = found.manifest.run, self.saver.run
         self.dataset.check_fingerprint(before["loader"]["dataset"])
-        if before["tokenizer"] != now["tokenizer"]:
-            raise StateError(
-                f"the tokenizer of {self.dataset.folder} is not the one this run began with: its fingerprint is "
-                f"{now['tokenizer'][:12]}..., expected {before['tokenizer'][:12]}..."
-            )
-        if before.get("frozen") != now["frozen"]:
-            raise StateError(
-                f"the weights of {self.config.model.init} that are not trained are not those this run began with"
-            )
+        check_tokenizer(self.tokenizer, found, f"the tokenizer of {self.dataset.folder}")
+        check_frozen(now["frozen"], found, self.config)
         for key, value in before["loader"].items():
             if now["loader"].get(key) != value:
                 raise StateError(
