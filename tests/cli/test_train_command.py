@@ -49,7 +49,8 @@ def test_a_text_becomes_a_model_that_generates(run: Callable[..., Any], text: Pa
         (["--preset", "gpt"], "unknown preset 'gpt'; did you mean gpt2"),
         (["--resume", "there/is/none"], "holds no run"),
         (["--resume", "x", "--preset", "gpt2"], "--preset is given with --resume; a run goes on with its own settings"),
-        (["--lora", 4], "--lora is 4, and there is no --init"),
+        (["--lora", 4], "lora.rank is 4, and there is no --init"),
+        (["--set", "lora.rank=4", "--preset", "shakespeare-char"], "lora.rank is 4, and there is no --init"),
         (["--data", "nosuchfile.txt"], "there is no file, folder or named set 'nosuchfile.txt'"),
     ],
 )

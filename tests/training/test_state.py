@@ -1,6 +1,7 @@
 """A run's state: it goes on as if nothing had happened, and what is damaged is named."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,9 +20,10 @@ from fusedlm.data.errors import DataError
 from fusedlm.data.prepare import prepare
 from fusedlm.training import checkpoints as module
 from fusedlm.training.checkpoints import Checkpoints, StateError
+from fusedlm.training.config import override_config
 from fusedlm.training.metrics import read_metrics
 from fusedlm.training.ranks import Ranks
-from fusedlm.training.run import read_run
+from fusedlm.training.run import read_run, train
 from fusedlm.training.saved import saved_model
 from fusedlm.training.saver import Saver, load_state
 
@@ -229,6 +231,60 @@ def test_another_dataset_tokenizer_or_model_is_refused(run: Callable[..., Any], 
     assert read_run(tmp_path / "run").training.batch_size == 4  # what was refused is not kept
     with pytest.raises(StateError, match=r"has no optimizer\.blocks\.0.*momentum; it is of a run with other settings"):
         run("run", "training.optimizer=muon", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.tokenizer=gpt2", "data.tokenizer is 'gpt2', and .*run began with 'characters'"),
+        ("data.chat=true", "data.chat is True, and .*run began with False"),
+        ("data.sources=['elsewhere']", r"data.sources is \('elsewhere',\), and .*run began with .*text.txt"),
+        ("lora.rank=2", "lora.rank is 2, and .*run began with 0"),
+        ("model.init=elsewhere", "model.init is 'elsewhere', and .*run began with None"),
+    ],
+)
+def test_what_a_run_began_from_stays(
+    run: Callable[..., Any], tmp_path: Path, text: Path, override: str, said: str
+) -> None:
+    given = [f"data.sources=['{text}']", "data.tokenizer=characters"]
+    run("run", *given, "training.steps=4")
+    before = (tmp_path / "run" / "run.toml").read_text()
+    with pytest.raises(ValueError, match=said):
+        run("run", *given, "training.steps=6", override, resume=True)
+    assert (tmp_path / "run" / "run.toml").read_text() == before
+
+
+def test_a_run_goes_on_from_another_folder(
+    run: Callable[..., Any], tmp_path: Path, dataset_folder: Path, heard_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was given as a relative path; and a prepared dataset that has moved may be named anew."""
+    shutil.copytree(dataset_folder, tmp_path / "data")
+    run("first")
+    monkeypatch.chdir(tmp_path)
+    run("run", "data.sources=['data']", "model.init=first", "training.steps=4", "training.warmup=0")
+    config = read_run(tmp_path / "run")
+    assert (config.data.sources, config.model.init) == ((str(tmp_path / "data"),), str(tmp_path / "first"))
+    monkeypatch.chdir("/")
+    heard = heard_of()
+    train(config, tmp_path / "run", resume=True, device="cpu", observers=[heard])
+    assert heard.began == [4]
+    (tmp_path / "data").rename(tmp_path / "moved")
+    overrides = [f"data.sources=['{tmp_path}/moved']", "training.steps=6"]
+    train(override_config(config, overrides), tmp_path / "run", resume=True, device="cpu", observers=[heard])
+    assert heard.began == [4, 4]
+    assert len(heard.losses) == 2
+
+
+def test_a_fine_tuned_model_goes_on_without_the_one_it_began_with(run: Callable[..., Any], tmp_path: Path) -> None:
+    """Its checkpoints hold every weight."""
+    run("first")
+    settings = [f"model.init={tmp_path}/first", "training.dropout=0.1"]
+    whole, _ = run("run", *settings)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000008")
+    shutil.rmtree(tmp_path / "first")
+    later, _ = run("run", *settings, resume=True)
+    assert later.began == [4]
+    assert later.losses == whole.losses[4:]
 
 
 def test_a_dataset_that_changes_under_a_run(run: Callable[..., Any], tmp_path: Path, text: Path) -> None:

@@ -43,7 +43,10 @@ def train(
     cache_dir: options.CacheDir = None,
 ) -> None:
     """Train a model. With nothing else: a small Llama on Python's own library, character by character, in a minute."""
-    given = (("--data", data), ("--preset", preset), ("--config", config), ("--init", init), ("--out", out))
+    given = (
+        *(("--data", data), ("--preset", preset), ("--config", config), ("--init", init), ("--out", out)),
+        *(("--lora", lora), ("--tokenizer", tokenizer)),
+    )
     if resume is not None and any(value for _, value in given):
         wrong = ", ".join(name for name, value in given if value)
         raise ValueError(f"{wrong} is given with --resume; a run goes on with its own settings, changed by --set alone")
@@ -58,8 +61,6 @@ def train(
         folder = resume
         chosen = override_config(read_run(folder), overrides)
     else:
-        if lora and init is None and config is None:
-            raise ValueError(f"--lora is {lora}, and there is no --init; expected a model for the additions to be to")
         name = preset or (None if config is not None else _default_preset(init, lora))
         sections: dict[str, dict[str, Any]] = {
             "data": _given(sources=data, tokenizer=tokenizer),
@@ -69,6 +70,8 @@ def train(
         if data and name == DEFAULT and preset is None:  # whose own text is Python's
             sections["evaluation"] = {"prompt": "\n"}
         chosen = make_config(name, config, overrides, **sections)
+        if chosen.lora.rank and chosen.model.init is None:
+            raise ValueError(f"lora.rank is {chosen.lora.rank}, and there is no --init; expected a model to add to")
         folder = out or _new_folder(chosen)
     result = run(
         chosen,

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,12 +16,14 @@ from fusedlm.data.dataset import Dataset
 from fusedlm.hardware import available_cores, detect
 from fusedlm.models import DecoderModel, ModelConfig, build_model
 from fusedlm.tokenizer.files import write_text
+from fusedlm.training.checkpoints import Checkpoints, StateError, read_manifest
 from fusedlm.training.config import RunConfig, model_config, read_toml, validate
-from fusedlm.training.datasets import open_dataset
+from fusedlm.training.datasets import CHARACTERS, open_dataset
 from fusedlm.training.fit import fitting_micro_batches
 from fusedlm.training.loggers import loggers
 from fusedlm.training.lora import add_lora
 from fusedlm.training.metrics import METRICS_FILE, MetricsFile, Observer
+from fusedlm.training.publish import described_model
 from fusedlm.training.ranks import Ranks, join_ranks
 from fusedlm.training.trainer import Result, Sample, Trainer
 
@@ -62,17 +64,20 @@ def train(
         ranks = stack.enter_context(join_ranks(device))
         where: Path = ranks.gather(Path(folder))[0]
         observers = observers if ranks.first else ()
-        config = _with_tokenizer(_with_precision(config, ranks.device))
+        config = _with_absolute_paths(_with_tokenizer(_with_precision(config, ranks.device)))
         _cores(ranks)
         if ranks.first:
-            if not resume:
+            if resume:
+                _check_kept(config, where)
+            else:
                 stack.enter_context(_claimed(where, config))
             stack.enter_context(_only_process(where))
             prepared = _open(config, where, observers, offline, cache_dir)
             prepared.verify_changed(partial(_say, observers))
         ranks.gather(None)  # the others wait for the dataset
         dataset = _open(config, where, observers, offline, cache_dir)
-        model, whole = _models(config, dataset, ranks, offline, cache_dir)
+        described = _described(where) if resume and config.model.init is not None and not config.lora.rank else None
+        model, whole = _models(config, dataset, ranks, described, offline=offline, cache_dir=cache_dir)
         config = _with_micro_batches(config, model.config, ranks)
         own = [MetricsFile(where / METRICS_FILE), *loggers(config, where)] if ranks.first else []
         parts: dict[str, Any] = {"dataset": dataset, "ranks": ranks, "profile": profile, "sample": sample}
@@ -94,29 +99,48 @@ def read_run(folder: Path) -> RunConfig:
 
 
 def first_model(
-    config: RunConfig, dataset: Dataset, device: torch.device, *, offline: bool = False, cache_dir: Path | None = None
+    config: RunConfig,
+    dataset: Dataset,
+    device: torch.device,
+    described: object = None,
+    *,
+    offline: bool = False,
+    cache_dir: Path | None = None,
 ) -> DecoderModel:
     """The model that a run begins with, its weights drawn or read, on a device; with LoRA, its additions are there.
 
+    described: a manifest's description of a checkpoint that has every weight; then none is drawn or read.
     Raises ValueError.
     """
+    if described is not None:
+        model = described_model(described).to(device)
+        model.dropout = config.training.dropout
+        return model.train()
     model = _drawn_or_read(config, dataset, device, offline, cache_dir)
     if config.lora.rank:
         add_lora(model, config.lora, config.training.seed)
     return model
 
 
+def _described(folder: Path) -> object:
+    """The model of a run's checkpoints, as the newest that can say so does; None without one."""
+    checkpoints = Checkpoints(folder / "checkpoints")
+    for step in reversed(checkpoints.steps()):
+        with suppress(StateError):
+            return read_manifest(checkpoints.path(step)).model
+    return None
+
+
 def _models(
-    config: RunConfig, dataset: Dataset, ranks: Ranks, offline: bool, cache_dir: Path | None
+    config: RunConfig, dataset: Dataset, ranks: Ranks, described: object, **options: Any
 ) -> tuple[DecoderModel, DecoderModel | None]:
     """`model` and `whole`, as `Trainer` takes them. One rank alone draws or reads weights, whatever their number."""
-    options: dict[str, Any] = {"offline": offline, "cache_dir": cache_dir}
     if ranks.size == 1:
-        return first_model(config, dataset, ranks.device, **options), None
-    whole = first_model(config, dataset, torch.device("cpu"), **options) if ranks.first else None
-    described: ModelConfig = ranks.gather(whole.config if whole is not None else None)[0]
+        return first_model(config, dataset, ranks.device, described, **options), None
+    whole = first_model(config, dataset, torch.device("cpu"), described, **options) if ranks.first else None
+    sizes: ModelConfig = ranks.gather(whole.config if whole is not None else None)[0]
     dtype = DTYPES[config.training.precision or "fp32"]
-    model = build_model(described, dropout=config.training.dropout, device="meta", dtype=dtype)
+    model = build_model(sizes, dropout=config.training.dropout, device="meta", dtype=dtype)
     if config.lora.rank:
         add_lora(model, config.lora, config.training.seed)
     return model, whole
@@ -208,6 +232,36 @@ def _with_tokenizer(config: RunConfig) -> RunConfig:
     if config.model.init is None or config.data.tokenizer is not None:
         return config
     return config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": config.model.init})})
+
+
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    """So that a run goes on from whatever folder it is asked to. What names no file is a name, and stays."""
+
+    def absolute(given: str | None) -> str | None:
+        path = Path(given).expanduser() if given else None
+        return str(path.absolute()) if path is not None and path.exists() else given
+
+    data, init = config.data, absolute(config.model.init)
+    tokenizer = data.tokenizer if data.tokenizer == CHARACTERS else absolute(data.tokenizer)
+    data = data.model_copy(update={"sources": tuple(map(absolute, data.sources)), "tokenizer": tokenizer})
+    return config.model_copy(update={"data": data, "model": config.model.model_copy(update={"init": init})})
+
+
+def _check_kept(config: RunConfig, folder: Path) -> None:
+    """Raises ValueError where a run is to go on with settings that say what it began from, and are others."""
+    if not (folder / RUN_FILE).exists():
+        return
+    before = _with_absolute_paths(read_run(folder))
+    made = (
+        folder / "data"
+    ).exists()  # else the dataset lies elsewhere, may have moved, and is known by its fingerprint
+    kept = ["data.tokenizer", "data.chat", "data.val_fraction", "data.separator", "data.glob", "model.init"]
+    kept += [*(["data.sources"] if made else []), *(f"lora.{name}" for name in type(config.lora).model_fields)]
+    for key in kept:
+        section, _, name = key.partition(".")
+        was, now = (getattr(getattr(of, section), name) for of in (before, config))
+        if was != now:
+            raise ValueError(f"{key} is {now!r}, and {folder} began with {was!r}; expected that, or a new run")
 
 
 def _cores(ranks: Ranks) -> None:
