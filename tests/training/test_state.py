@@ -287,6 +287,42 @@ def test_a_fine_tuned_model_goes_on_without_the_one_it_began_with(run: Callable[
     assert later.losses == whole.losses[4:]
 
 
+@pytest.mark.parametrize("content", ["", "a,b\n", None])
+def test_a_damaged_log_is_no_reason_to_stop(run: Callable[..., Any], tmp_path: Path, content: str | None) -> None:
+    run("run", "training.steps=4")
+    path = tmp_path / "run" / "metrics.csv"
+    content = path.read_text().replace("\n4,", "\nfour,") if content is None else content
+    path.write_text(content)
+    heard, _ = run("run", "training.steps=6", resume=True)
+    assert any("metrics.csv" in text and "it is metrics.csv.damaged now" in text for text in heard.said)
+    assert path.with_name("metrics.csv.damaged").read_text() == content
+    assert [record.step for record in read_metrics(path)] == [5, 6]
+
+
+def test_what_is_done_once_more_is_logged_once(run: Callable[..., Any], tmp_path: Path) -> None:
+    """And the best loss is that of the whole run."""
+    settings = ["evaluation.interval=2", "evaluation.sample_tokens=3"]
+    _, first = run("run", *settings, sample=lambda *given: "x")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000008")
+    _, later = run("run", *settings, "training.lr=5.0", "training.min_lr=5.0", sample=lambda *given: "y", resume=True)
+    samples = (tmp_path / "run" / "samples.txt").read_text()
+    assert samples == "".join(f"--- step {step}\n{text}\n" for step, text in ((2, "x"), (4, "x"), (6, "y"), (8, "y")))
+    losses = [(r.step, r.val_loss) for r in read_metrics(tmp_path / "run" / "metrics.csv") if r.val_loss is not None]
+    assert [step for step, _ in losses] == [2, 4, 6, 8]
+    assert later.best_val_loss == pytest.approx(min(loss for _, loss in losses))
+    assert later.best_val_loss < later.val_loss
+    assert first.best_val_loss <= later.best_val_loss + 1e-6
+
+
+def test_a_profile_that_cannot_be(run: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file cannot be the folder of a profile: File exists"):
+        run("run", profile=tmp_path / "file")
+    assert not (tmp_path / "run").exists()
+    heard, _ = run("run", "training.steps=4", profile=tmp_path / "profile")
+    assert "there is no profile: that takes 9 steps, and there were fewer" in heard.said
+
+
 def test_a_dataset_that_changes_under_a_run(run: Callable[..., Any], tmp_path: Path, text: Path) -> None:
     folder = tmp_path / "data"
     prepare(find_sources([text]), folder, "characters")

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 from fusedlm.tokenizer.files import write_text
 
 METRICS_FILE = "metrics.csv"
+_SAMPLE = re.compile(r"^--- step (\d+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,16 +62,28 @@ class Observer(Protocol):
 
 
 class MetricsFile:
-    """metrics.csv of a run. One that goes on continues it behind the step it goes on from."""
+    """metrics.csv of a run, and samples.txt. One that goes on continues them behind the step it goes on from."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._samples = path.with_name("samples.txt")
         self._file: io.TextIOWrapper | None = None
 
     def begin(self, run: Any, done: int) -> None:
-        kept = [row for row in read_metrics(self.path) if row.step <= done] if done and self.path.exists() else []
+        kept = run.earlier if done else []
         write_text(self.path, "".join(map(_line, [COLUMNS, *map(_values, kept)])))
         self._file = self.path.open("a", encoding="utf-8", newline="")
+        self._cut_samples(done)
+
+    def _cut_samples(self, done: int) -> None:
+        """What later steps wrote, which are done once more."""
+        if not self._samples.exists():
+            return
+        text = self._samples.read_text(encoding="utf-8")
+        for found in _SAMPLE.finditer(text):
+            if int(found[1]) > done:
+                write_text(self._samples, text[: found.start()])
+                break
 
     def record(self, record: Record) -> None:
         assert self._file is not None
@@ -80,7 +94,7 @@ class MetricsFile:
         pass
 
     def sample(self, step: int, text: str) -> None:
-        with (self.path.parent / "samples.txt").open("a", encoding="utf-8") as file:
+        with self._samples.open("a", encoding="utf-8") as file:
             file.write(f"--- step {step}\n{text}\n")
 
     def end(self) -> None:
@@ -99,7 +113,10 @@ def read_metrics(path: Path) -> list[Record]:
     for row in rows[1:]:
         if len(row) == len(COLUMNS):
             given = ((name, text) for name, text in zip(COLUMNS, row, strict=True) if text)
-            values: dict[str, Any] = {name: kinds.get(name, float)(text) for name, text in given}
+            try:
+                values: dict[str, Any] = {name: kinds.get(name, float)(text) for name, text in given}
+            except ValueError:
+                raise ValueError(f"{path} has the line {','.join(row)!r}; expected numbers") from None
             records.append(Record(**values))
     return records
 

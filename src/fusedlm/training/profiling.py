@@ -9,6 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 WAIT, WARM_UP, ACTIVE = 4, 2, 3  # steps: before, thrown away, kept
+STEPS = WAIT + WARM_UP + ACTIVE
 
 
 class StepProfile:
@@ -16,6 +17,7 @@ class StepProfile:
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.folder = folder
+        self.written = False
         self.cuda = device.type == "cuda"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.cuda else [])]
         steps = schedule(wait=WAIT, warmup=WARM_UP, active=ACTIVE, repeat=1)
@@ -26,12 +28,12 @@ class StepProfile:
         self._profile.step()
 
     def _write(self, found: Any) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         found.export_chrome_trace(str(self.folder / "trace.json"))
         order = "self_cuda_time_total" if self.cuda else "self_cpu_time_total"
         table = found.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=80)
         text = f"{ACTIVE} steps, after {WAIT + WARM_UP}; trace.json opens in https://ui.perfetto.dev\n{table}\n"
         (self.folder / "kernels.txt").write_text(text, encoding="utf-8")
+        self.written = True
 
     @contextmanager
     def running(self) -> Iterator["StepProfile"]:

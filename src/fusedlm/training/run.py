@@ -67,6 +67,8 @@ def train(
         config = _with_absolute_paths(_with_tokenizer(_with_precision(config, ranks.device)))
         _cores(ranks)
         if ranks.first:
+            if profile is not None:
+                _make_folder(profile, "a profile")
             if resume:
                 _check_kept(config, where)
             else:
@@ -166,6 +168,14 @@ def _drawn_or_read(
     return model.to(device, dtype)
 
 
+def _make_folder(folder: Path, what: str) -> None:
+    """Raises ValueError where there can be no folder for it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be the folder of {what}: {error.strerror or error}") from None
+
+
 @contextmanager
 def _claimed(folder: Path, config: RunConfig) -> Iterator[None]:
     """Make the run's folder and write its configuration there, so that it can go on from here.
@@ -174,7 +184,7 @@ def _claimed(folder: Path, config: RunConfig) -> Iterator[None]:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists already; expected a new folder, or --resume {folder} to go on")
-    folder.mkdir(parents=True, exist_ok=True)
+    _make_folder(folder, "a run")
     write_text(folder / RUN_FILE, config.to_toml())
     try:
         yield

@@ -35,7 +35,7 @@ from fusedlm.training.memory import peak_memory
 from fusedlm.training.metrics import METRICS_FILE, Observer, Record, read_metrics
 from fusedlm.training.optimizer import Optimizer
 from fusedlm.training.parallel import fill, gathered, let_go, shard
-from fusedlm.training.profiling import profiled
+from fusedlm.training.profiling import STEPS, profiled
 from fusedlm.training.publish import model_of, publish
 from fusedlm.training.randomness import seed_step
 from fusedlm.training.ranks import Ranks
@@ -54,7 +54,7 @@ class Result:
     """What came of a run.
 
     first: whether this is the process that writes. interrupted: the signal that stopped it, or 0. loss, val_loss: the
-    last ones; best_val_loss: of this part of the run; None where there are none.
+    last ones of this part of the run; best_val_loss: of all of it; None where there are none.
     """
 
     folder: Path
@@ -141,6 +141,7 @@ class Trainer:
         self.losses: list[float] = []  # since the last record
         self.last_loss: float | None = None
         self.val_losses: list[float] = []
+        self.earlier: list[Record] = []  # what metrics.csv has of an earlier part of the run; of the first rank
         self.judge = Judge(training, self._say, self._diagnosis)
         self.clock = Clock()
 
@@ -172,6 +173,8 @@ class Trainer:
         self._check_run(found)
         load_state(found, self.state(), self.ranks)
         self.done = self.saved = found.manifest.step
+        if self.ranks.first:
+            self.earlier = self._records_before()
         guard = self.step.guard
         self.judge.resume(skipped=float(self.optimizer.skipped), spikes=0.0 if guard is None else float(guard.spikes))
 
@@ -210,7 +213,8 @@ class Trainer:
             self._publish()
         finally:
             self._tell(lambda observer: observer.end())
-        best = min(self.val_losses, default=None)
+        before = [record.val_loss for record in self.earlier if record.val_loss is not None]
+        best = min([*before, *self.val_losses], default=None)
         val_loss = self.val_losses[-1] if self.val_losses else None
         return Result(self.folder, self.ranks.first, self.done, interrupted, self.last_loss, val_loss, best)
 
@@ -249,7 +253,7 @@ class Trainer:
         readings = Readings(self.ranks.device, self.clock, ahead, together=self.ranks.size > 1)
         step: Callable[[Sequence[Batch]], Tensor] = CapturedStep(self.step) if self._captured else self.step
         self.model.train()
-        self.clock.start(self.done, self._seconds_before())
+        self.clock.start(self.done, max((record.seconds for record in self.earlier), default=0.0))
         with (
             Prefetch(self.loader.batches(self.done, steps), self.ranks.device, ahead=2 * micro_batches) as batches,
             profiled(self.profile if self.ranks.first else None, self.ranks.device) as profile,
@@ -276,14 +280,22 @@ class Trainer:
                 if self._due(config.checkpoints.interval) and not last:
                     self._save()
                 self.saver.check()
+            if profile is not None and not profile.written:
+                self._say(f"there is no profile: that takes {STEPS} steps, and there were fewer")
         return 0
 
-    def _seconds_before(self) -> float:
-        """How long the steps took that an earlier part of the run has done."""
+    def _records_before(self) -> list[Record]:
+        """Of the steps that an earlier part of the run has done. A log that cannot be read is no reason to stop."""
         path = self.folder / METRICS_FILE
-        if not self.done or not path.exists():
-            return 0.0
-        return max((record.seconds for record in read_metrics(path) if record.step <= self.done), default=0.0)
+        if not path.exists():
+            return []
+        try:
+            return [record for record in read_metrics(path) if record.step <= self.done]
+        except ValueError as error:
+            aside = path.with_name(f"{path.name}.damaged")
+            path.replace(aside)
+            self._say(f"{error}; it is {aside.name} now, and {path.name} begins anew")
+            return []
 
     def _due(self, interval: int) -> bool:
         return interval > 0 and self.done % interval == 0
