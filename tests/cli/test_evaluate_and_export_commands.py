@@ -112,3 +112,13 @@ def test_what_is_refused(run: Callable[..., Any], tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     assert "step-00000004/manifest.json is missing" in run("export", folder, tmp_path / "x", "--step", 4).err
     assert "already" in run("export", folder, folder).err
+    assert "context is 0" in run("evaluate", tmp_path / "text.txt", "--model", folder, "--context", 0).err
+    (folder / "config.json").unlink()
+    assert f"fusedlm export {folder} FOLDER writes its model" in run("generate", "x", "--model", folder).err
+
+
+def test_a_gpt2_that_transformers_does_not_have(run: Callable[..., Any], tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", "model.n_kv_heads=1")
+    done = run("export", folder, tmp_path / "out")
+    assert (done.code, "transformers has no GPT-2 with" in done.err) == (0, True)
+    fusedlm.load(tmp_path / "out", device="cpu")

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Regex, pre_tokenizers
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from fusedlm.data.documents import Source, find_sources
+from fusedlm.data.documents import Source, find_sources, unescaped
 from fusedlm.data.errors import DataError
 from fusedlm.data.files import TextFile, place_after
 from fusedlm.data.hub import HubDataset
@@ -244,3 +244,10 @@ def test_a_hub_dataset_goes_on_behind_any_place(tmp_path: Path, monkeypatch: pyt
     assert len(places) == 11
     for i, place in places:
         assert [piece.content for piece in source.read(place)] == texts[i + 1 :]
+
+
+def test_separators_as_people_type_them() -> None:
+    assert unescaped(r"\n--\t") == "\n--\t"
+    assert unescaped("\n\u00e9\u2014") == "\n\u00e9\u2014"
+    with pytest.raises(ValueError, match=r"the separator is '\\\\x': truncated .*; expected escapes such as"):
+        unescaped("\\x")

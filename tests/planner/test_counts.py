@@ -106,6 +106,8 @@ def test_mfu() -> None:
     assert compute_mfu(989.4e12, 1.0, gpu=GPUS["h100"], dtype=torch.float32, gpus=2) == pytest.approx(989.4 / 66.9 / 2)
     with pytest.raises(ValueError, match="seconds is 0; expected more than 0"):
         compute_mfu(1.0, 0, gpu="h100", dtype="bf16")
+    with pytest.raises(ValueError, match=r"flops is -1\.0; expected 0 or more"):
+        compute_mfu(-1.0, 1.0, gpu="h100", dtype="bf16")
     with pytest.raises(ValueError, match="gpus is 0; expected 1 or more"):
         compute_mfu(1.0, 1.0, gpu="h100", dtype="bf16", gpus=0)
     with pytest.raises(ValueError, match="context is 0; expected 1 token or more"):

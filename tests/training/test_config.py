@@ -63,6 +63,9 @@ def test_later_settings_win(tmp_path: Path) -> None:
         ("training.lr=-1", r"training\.lr is -1; expected greater than 0"),
         ("training.schedule=cosin", r"training\.schedule is 'cosin'; expected 'cosine', 'linear', 'wsd' or 'constant'"),
         ("training.steps=many", r"training\.steps is 'many'; expected a valid integer"),
+        ("training.betas=[0.9]", r"training\.betas is \[0\.9\]; expected more values"),
+        ("data.sources=text.txt", r"data\.sources is 'text\.txt'; expected a list"),
+        ("data=3", r"data is 3; expected a table of settings"),
         ("training.lr", r"--set 'training\.lr'; expected section\.key=value"),
         ("=3", r"--set '=3'; expected section\.key=value"),
     ],
@@ -81,6 +84,14 @@ def test_files_and_names_that_are_refused(tmp_path: Path) -> None:
         make_config(None, tmp_path / "none.toml")
     with pytest.raises(ValueError, match="unknown preset 'shakespear'; did you mean shakespeare-char"):
         make_config("shakespear")
+    one = tmp_path / "one.toml"
+    one.write_text("[training]\nlrr = 1\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"one\.toml: unknown key training\.lrr"):
+        make_config(None, str(one))
+    one.write_text("[training]\nlr = 1e-3\nsteps = 9\n", encoding="utf-8")
+    for override in ("training.lrr=1", "training.steps=many"):  # which the file has no part in
+        with pytest.raises(ValueError, match=r"the configuration: .*training\."):
+            make_config(None, one, [override])
 
 
 def test_models_from_sizes() -> None:

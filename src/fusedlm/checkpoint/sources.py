@@ -174,6 +174,10 @@ def _local(path: Path, name: str) -> Path:
             instead = f". It hides the model of that name: ask for {hidden.source.name}"
         elif hidden is not None:
             instead = ". It hides the model of that name: rename it, or run from another folder"
+        elif (path / "run.toml").is_file():
+            instead = (
+                f". It is a run that has not come to its end; fusedlm export {path} FOLDER writes its model so far"
+            )
         raise CheckpointError(
             f"the directory {path} holds no config.json; expected a directory in Hugging Face layout{instead}"
         )

@@ -1,6 +1,5 @@
 """`fusedlm data`: make datasets of tokens, see what is in one, check that it is whole."""
 
-import codecs
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -79,7 +78,7 @@ def prepare(
     cache_dir: options.CacheDir = None,
 ) -> None:
     """Make a dataset of tokens. Stopped, it goes on where it was when the same command is given again."""
-    from fusedlm.data.documents import find_sources
+    from fusedlm.data.documents import find_sources, unescaped
     from fusedlm.data.prepare import prepare as make
     from fusedlm.data.recipe import CHARACTERS
     from fusedlm.data.sets import NAMED_SETS
@@ -87,7 +86,7 @@ def prepare(
 
     key = key or ("messages" if chat else "text")
     if separator is not None:
-        separator = codecs.decode(separator.encode("latin-1", "backslashreplace"), "unicode_escape")
+        separator = unescaped(separator)
     only = sources[0] if len(sources) == 1 else None
     named = NAMED_SETS.get(only) if only is not None and not Path(only).exists() else None
     if output is None:
@@ -192,10 +191,13 @@ def _print(folder: Path, manifest: "Manifest") -> None:
         f"{folder}: {manifest.kind}, {manifest.vocab_size:,} ids as {manifest.dtype}",
         f"fingerprint {manifest.fingerprint}",
     ]
+    if "train" not in manifest.splits:
+        lines.append("There is no split train: --val-fraction 0, or more documents, would make one.")
     if "val" not in manifest.splits:
         lines.append("There is no split val: a larger --val-fraction or --val makes one.")
     if manifest.left_out:
-        what = "chats without an answer" if manifest.kind == "chat" else "empty documents"
+        chats = manifest.kind == "chat"
+        what = "chats without an answer" if chats else "documents, or a split's part of one, without text"
         lines.append(f"{manifest.left_out:,} {what} were left out.")
     for line in lines:
         console.print(line, soft_wrap=True)

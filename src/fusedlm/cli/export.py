@@ -21,6 +21,7 @@ def export(
     cache_dir: options.CacheDir = None,
 ) -> None:
     """Write the model of a run's checkpoint in Hugging Face's format, which transformers loads. LoRA is merged."""
+    from fusedlm.checkpoint.config import GROUPED_GPT2, config_to_huggingface
     from fusedlm.checkpoint.load import new_directory, save_checkpoint
     from fusedlm.training.saved import saved_model
 
@@ -31,4 +32,6 @@ def export(
     with new_directory(output) as folder:
         save_checkpoint(found.model, folder, tokenizer=found.tokenizer)
     dtype = str(found.model.embedding.weight.dtype).removeprefix("torch.")
+    if config_to_huggingface(found.model.config, found.model.embedding.weight.dtype)["model_type"] == GROUPED_GPT2:
+        typer.echo("transformers has no GPT-2 with heads of such numbers or widths; fusedlm alone loads it", err=True)
     typer.echo(f"{output}: the model of step {found.step:,}, in {dtype}")

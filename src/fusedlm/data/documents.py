@@ -3,6 +3,7 @@
 A source gives its documents in an order that never changes, and from any place where reading once stopped.
 """
 
+import codecs
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -105,3 +106,11 @@ def _files_of(folder: Path, glob: str | None) -> Iterator[Path]:
         known = name.removesuffix(".gz").endswith((*_TEXT_SUFFIXES, *_ROW_SUFFIXES)) or name.endswith(".parquet")
         if glob is not None or known:
             yield path
+
+
+def unescaped(separator: str) -> str:
+    """A separator as people type it, with the escapes of Python's strings. Raises ValueError for what is none."""
+    try:
+        return codecs.decode(separator.encode("latin-1", "backslashreplace"), "unicode_escape")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the separator is {separator!r}: {error.reason}; expected escapes such as \\n") from None

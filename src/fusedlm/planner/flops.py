@@ -62,8 +62,10 @@ def compute_mfu(flops: float, seconds: float, *, gpu: str | GPU, dtype: str | to
 
     For a training step flops is `flops_per_token(config, context).total * tokens`: then this is the model FLOPs
     utilisation. gpu: a name of `fusedlm.hardware.GPUS`, or what `detect` found. dtype: of the products.
-    Raises ValueError for an unknown GPU, a dtype that it does not have, and times that are not positive.
+    Raises ValueError for an unknown GPU, a dtype that it does not have, negative flops, times that are not positive.
     """
+    if flops < 0:
+        raise ValueError(f"flops is {flops}; expected 0 or more")
     if not seconds > 0:
         raise ValueError(f"seconds is {seconds}; expected more than 0")
     if gpus < 1:

@@ -214,7 +214,10 @@ def _toml(value: Any) -> str:
 
 
 def make_config(
-    name: str | None = None, file: Path | None = None, overrides: Sequence[str] = (), **sections: Mapping[str, Any]
+    name: str | None = None,
+    file: Path | str | None = None,
+    overrides: Sequence[str] = (),
+    **sections: Mapping[str, Any],
 ) -> RunConfig:
     """A preset (see `training.presets`), then a TOML file, then sections, then overrides such as "training.lr=3e-4".
 
@@ -222,15 +225,20 @@ def make_config(
     Raises ValueError for an unknown preset or key, with the nearest name there is, for a value that does not fit, and
     for a file that is no TOML.
     """
-    given = read_toml(file) if file is not None else {}
+    given = read_toml(Path(file)) if file is not None else {}
     name = name or given.get("preset")
     values: dict[str, Any] = preset(name) if name is not None else {}
     _merge(values, given)
     _merge(values, {"preset": name} if name is not None else {})
-    _merge(values, {section: dict(entries) for section, entries in sections.items() if entries})
+    later: dict[str, Any] = {section: dict(entries) for section, entries in sections.items() if entries}
     for override in overrides:
-        _merge(values, _override(override))
-    return validate(values, str(file) if file is not None else "the configuration")
+        _merge(later, _override(override))
+    _merge(values, later)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        of_file = all(_has(given, item["loc"]) and not _has(later, item["loc"]) for item in error.errors())
+        raise _refusal(error, str(file) if of_file else "the configuration") from None
 
 
 def override_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
@@ -256,13 +264,37 @@ def validate(values: Mapping[str, Any], where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ValueError(f"{where}: {'; '.join(_complaint(item) for item in error.errors())}") from None
+        raise _refusal(error, where) from None
+
+
+def _refusal(error: ValidationError, where: str) -> ValueError:
+    return ValueError(f"{where}: {'; '.join(map(_complaint, error.errors()))}")
+
+
+def _has(values: Any, loc: Sequence[Any]) -> bool:
+    """Whether a table sets the key at a place, or something around it."""
+    for key in loc:
+        if not isinstance(values, Mapping):
+            return True
+        if key not in values:
+            return False
+        values = values[key]
+    return True
+
+
+# What pydantic expects, in the words of TOML.
+_KINDS = {"tuple_type": 'a list, ["a", "b"] for example', "model_type": "a table of settings"}
 
 
 def _complaint(error: Any) -> str:
     path = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         return f"unknown key {path}; {_nearest(error['loc'])}"
+    if error["type"] == "missing":
+        owner, _, _ = path.rpartition(".")
+        return f"{owner} is {error['input']!r}; expected more values"
+    if error["type"] in _KINDS:
+        return f"{path} is {error['input']!r}; expected {_KINDS[error['type']]}"
     expected = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return f"{path} is {error['input']!r}; expected {expected}"
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fusedlm.data.dataset import Dataset
-from fusedlm.data.documents import Source, find_sources
+from fusedlm.data.documents import Source, find_sources, unescaped
 from fusedlm.data.format import DATASET_FILE
 from fusedlm.data.prepare import prepare
 from fusedlm.data.sets import NAMED_SETS, sources_of
@@ -57,5 +57,6 @@ def _sources(given: str, data: DataConfig, offline: bool, cache_dir: Path | None
     path = Path(given).expanduser()
     if path.exists():
         key = "messages" if data.chat else "text"
-        return find_sources([path], key=key, separator=data.separator, glob=data.glob)
+        separator = None if data.separator is None else unescaped(data.separator)
+        return find_sources([path], key=key, separator=separator, glob=data.glob)
     return sources_of(given, cache_dir=cache_dir, offline=offline)

@@ -106,7 +106,7 @@ def text_loss(
 ) -> TextLoss:
     """The loss of a model on a split, whole. Raises ValueError where the tokenizer's ids are too many for the model."""
     dataset.check_vocabulary(model.config.vocab_size)
-    context = min(context or 1024, model.config.context_length)
+    context = min(1024 if context is None else context, model.config.context_length)
     rows = Evaluation(dataset, batch_size=batch_size, context=context, split=split)
     found = evaluate(model, rows, Ranks(0, 1, model.embedding.weight.device))
     tokenizer, tokens = dataset.tokenizer(), dataset.split(split)
