@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fusedlm.kernels import backend, embedding
-from fusedlm.kernels.embedding.order import in_order, key_type, narrow_keys
+from fusedlm.kernels.embedding.order import _tile, in_order, key_type, narrow_keys
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
@@ -43,6 +43,21 @@ def test_tokens_lie_in_the_order_of_their_ids_and_those_of_one_id_in_their_own(M
     keys = (found.ids.cpu().long() + found.bias).tolist()
     ours = [(v, token) for v, token in zip(keys, found.tokens.tolist(), strict=True) if 0 <= v < V]
     assert ours == sorted((v, token) for token, v in enumerate(ids.tolist()) if 0 <= v < V)
+    assert sorted(found.tokens.tolist()) == list(range(M))
+
+
+@pytest.mark.parametrize("less", [0, 1])
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_keys_at_the_end_of_32_bits(tiles: int, less: int) -> None:
+    """The most rows whose ids and places share a word, and one more."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    M = _tile(1) * tiles + (tiles > 1)
+    V = 2**31 // _tile(M) - 2 - less
+    ids = torch.tensor([V - 1, V, 0, -1, V - 2], device=device).repeat(-(-M // 5))[:M]
+    found = in_order(ids, V)
+    kept = [(v, token) for token, v in enumerate(ids.tolist()) if 0 <= v < V]
+    ours = zip((found.ids.long() + found.bias).tolist(), found.tokens.tolist(), strict=True)
+    assert [(v, token) for v, token in ours if 0 <= v < V] == sorted(kept)
     assert sorted(found.tokens.tolist()) == list(range(M))
 
 

@@ -19,7 +19,7 @@ FEW = 64 if interpreting() else 16384  # tokens that are ranked; see `few`
 class Order(NamedTuple):
     """Tokens by their ids."""
 
-    ids: Tensor  # (M,) uint8, int16 or int32, less the bias; those out of range as -1 and V
+    ids: Tensor  # (M,) uint8, int16 or int32, less the bias; those out of range as -1, which may wrap, and V
     tokens: Tensor  # (M,) int32 or int64: which token each is of
     bias: int
 
@@ -103,8 +103,8 @@ def _tile(M: int) -> int:
 
 
 def few(M: int, V: int) -> bool:
-    """Whether M tokens of V rows are ranked, and not sorted beside other work."""
-    return M <= FEW and (V + 2) * _tile(M) <= 2**31
+    """Whether M tokens of V rows are ranked: few enough, and the end of the last row's keys is a number of 32 bits."""
+    return M <= FEW and (V + 2) * _tile(M) < 2**31
 
 
 def _ranked(ids: Tensor, V: int) -> Order:
@@ -112,7 +112,8 @@ def _ranked(ids: Tensor, V: int) -> Order:
     M = ids.numel()
     tile = _tile(M)
     tiles = triton.next_power_of_2(triton.cdiv(M, tile))
-    ordered, tokens = torch.empty((2, M), dtype=torch.int32, device=ids.device)
+    # Of their own, for both begin aligned then, or launches would take Triton's slow way.
+    ordered, tokens = (torch.empty(M, dtype=torch.int32, device=ids.device) for _ in range(2))
     keys = None if tiles == 1 else torch.empty(M, dtype=torch.int32, device=ids.device)
     block_i, block_j, block = (4, 8, 4) if interpreting() else (8, 1024, 32)
     constants = {"TILE": tile, "BLOCK_I": block_i, "BLOCK_J": block_j, "num_warps": 4}
