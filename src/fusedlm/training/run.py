@@ -262,9 +262,8 @@ def _check_kept(config: RunConfig, folder: Path) -> None:
     if not (folder / RUN_FILE).exists():
         return
     before = _with_absolute_paths(read_run(folder))
-    made = (
-        folder / "data"
-    ).exists()  # else the dataset lies elsewhere, may have moved, and is known by its fingerprint
+    # A dataset that lies elsewhere may have moved, and is known by its fingerprint.
+    made = (folder / "data").exists()
     kept = ["data.tokenizer", "data.chat", "data.val_fraction", "data.separator", "data.glob", "model.init"]
     kept += [*(["data.sources"] if made else []), *(f"lora.{name}" for name in type(config.lora).model_fields)]
     for key in kept:

@@ -57,7 +57,8 @@ def saved_model(
     tokenizer = _own_tokenizer(folder, found)
     if tokenizer is None or config.lora.rank:
         dataset = open_dataset(config.data, folder / "data", offline=offline, cache_dir=cache_dir)
-        tokenizer = tokenizer or dataset.tokenizer()
+    if tokenizer is None:
+        tokenizer = dataset.tokenizer()
         check_tokenizer(tokenizer, found, f"the tokenizer of {dataset.folder}")
     if config.lora.rank:  # the weights that are not trained are not saved
         model = first_model(config, dataset, torch.device("cpu"), offline=offline, cache_dir=cache_dir)
