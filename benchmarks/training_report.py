@@ -53,7 +53,7 @@ def machine(results: Results) -> str:
 
 
 def sentence(measured: Mapping[str, Results]) -> str:
-    """Of every suite on a GPU, how many times as fast as the fastest peer, and its share of the peer's memory."""
+    """Of every suite on a GPU, which one, how many times as fast as the fastest peer, and its share of its memory."""
     said = []
     for suite, title in TITLES.items():
         ours, *others = measured[suite]["rows"] if suite in measured else [None]
@@ -62,7 +62,8 @@ def sentence(measured: Mapping[str, Results]) -> str:
             continue
         best = min(peers, key=lambda row: row["seconds"])
         faster, less = best["seconds"] / ours["seconds"], ours["peak_bytes"] / best["peak_bytes"]
-        said.append(f"{title}: {faster:.2f}x {best['variant']}'s speed in {less:.2f} of its memory")
+        gpu = measured[suite]["environment"]["gpu"]
+        said.append(f"{title}, {gpu}: {faster:.2f}x {best['variant']}'s speed in {less:.2f} of its memory")
     return f"Training steps: {'; '.join(said)}."
 
 

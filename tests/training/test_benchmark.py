@@ -227,12 +227,14 @@ MEASURED: dict[str, Any] = {
 
 def test_the_report() -> None:
     said = BLOCKS["training"](MEASURED)
-    assert said == "Training steps: GPT-2 124M, 32 x 1024: 1.50x nanoGPT's speed in 0.50 of its memory."
+    assert said == "Training steps: GPT-2 124M, 32 x 1024, a GPU: 1.50x nanoGPT's speed in 0.50 of its memory."
     table = BLOCKS["training steps"](MEASURED)
     assert "| **GPT-2 124M, 32 x 1024** | 655,360 | 50.0 | 800% | 10.0 |  |" in table
     assert "| nanoGPT | 436,907 | 75.0 | 533% | 20.0 | 1.50x |" in table
     assert "| nanoGPT | 59,578 | 550.0 |  |  | 1.10x |" in table
-    assert "a CPU, 2 threads, torch 2.13, 2026-01-02." in table
+    assert "GPT-2 124M: a GPU, torch 2.11, 2026-01-01." in table
+    assert "shakespeare-char on a CPU: a CPU, 2 threads, torch 2.13, 2026-01-02." in table
+    assert BLOCKS["training steps"]({"gpt2": MEASURED["gpt2"]}).endswith("\na GPU, torch 2.11, 2026-01-01.")
     quality = BLOCKS["training shakespeare-quality"](MEASURED)
     assert "| fusedlm | 2 | 1.4750 | 1.4800 | 0.0071 |" in quality
     assert "From one seed" not in quality
