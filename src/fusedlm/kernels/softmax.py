@@ -126,11 +126,10 @@ def _config(N: int, width: int, arch: int, forward: bool) -> tuple[bool, dict[st
         long_block = 16384 if width < 4 and arch >= 90 else 8192  # leaves registers for another one
     if block > longest:
         return True, {"BLOCK_N": long_block, "num_warps": min(max(long_block // 512, 1), 32)}
-    warps = 1 if forward and block <= 1024 else min(max(block // 512, 1), 32 if forward else 16)
+    narrow = width < 4 and (block >= 16384 or interpreting())
+    warps = 1 if forward and block <= 1024 else min(max(block // 512, 1), 32 if forward or narrow else 16)
     config = {"BLOCK_N": block, "num_warps": warps}
-    if not forward:
-        config["NARROW"] = width < 4 and (block > 16384 or interpreting())
-    return False, config
+    return False, config if forward else config | {"NARROW": narrow}
 
 
 @operator(fake=lambda x: x.new_empty(x.shape))
