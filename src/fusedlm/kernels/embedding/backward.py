@@ -15,8 +15,9 @@ from fusedlm.kernels._launch import launch, rows
 from fusedlm.kernels._operator import operator
 from fusedlm.kernels._philox import drop_threshold, keep_rows
 from fusedlm.kernels._triton import tl, triton
-from fusedlm.kernels.embedding.order import in_order
+from fusedlm.kernels.embedding.order import FEW, Order, in_order
 
+ZERO_ALL = 8 if interpreting() else 4096  # tokens with which it takes longer to find out whose rows need no zeros
 Mask = tuple[Tensor | None, int, int, float]  # a seed, a stream, and drop_threshold's
 
 
@@ -228,33 +229,47 @@ def sum_rows(
             table.zero_()
         return
     mask = (seed, stream, *drop_threshold(p))
-    chunks = triton.cdiv(ids.numel(), _chunk(ids.numel())[0])
-    parts = torch.empty((2, chunks, dw.shape[1]), dtype=torch.float32, device=dy.device)
+    V, M = dw.shape[0], ids.numel()
+    parts = torch.empty((2, triton.cdiv(M, _chunk(M)[0]), dw.shape[1]), dtype=torch.float32, device=dy.device)
 
-    def others() -> None:
+    def zeros() -> None:
         if not add:
             _zero_others(dw, ids)
+
+    def positions() -> None:
         if dpos is not None:
             _sum_positions(dpos, dy2, ids.shape[-1], offset, mask)
 
     if not dy.is_cuda or (add and dpos is None):
-        others()
-        _sum_runs(dw, dy2, ids, mask, parts, add=add)
+        zeros()
+        positions()
+        _sum_runs(dw, dy2, in_order(ids, V), mask, parts, add=add)
         return
     # Zeros, positions and runs are written to different places, so that they may run side by side: what only writes
     # beside what waits for memory. What is made on the side stream is used there alone.
     main, side = torch.cuda.current_stream(dy.device), _side_stream(dy.device)
     side.wait_stream(main)
-    others()
-    with torch.cuda.stream(side):
-        _sum_runs(dw, dy2, ids, mask, parts, add=add)
+    if M <= ZERO_ALL:
+        with torch.cuda.stream(side):
+            order = in_order(ids, V)
+        zeros()
+        side.wait_stream(main)
+        positions()
+        with torch.cuda.stream(side):
+            _sum_runs(dw, dy2, order, mask, parts, add=add)
+    else:
+        # Positions read what the runs read again. Only while the sort takes longer than they do are zeros better
+        # beside it.
+        for work in (zeros, positions) if FEW < M <= 2 * FEW else (positions, zeros):
+            work()
+        with torch.cuda.stream(side):
+            _sum_runs(dw, dy2, in_order(ids, V), mask, parts, add=add)
     main.wait_stream(side)
 
 
-def _sum_runs(dw: Tensor, dy: Tensor, ids: Tensor, mask: Mask, parts: Tensor, *, add: bool) -> None:
-    """Into dw, (V, C), the sums of the ids' rows of dy, (M, C). parts: (2, chunks, C), for what chunks share."""
+def _sum_runs(dw: Tensor, dy: Tensor, order: Order, mask: Mask, parts: Tensor, *, add: bool) -> None:
+    """Into dw, (V, C), the sums of the rows of dy, (M, C), of each id. parts: (2, chunks, C), for what chunks share."""
     (M, C), V = dy.shape, dw.shape[0]
-    order = in_order(ids, V)
     seed, *drop = mask
     chunk, at_once = _chunk(M)
     constants = {"ADD": add, "BIAS": order.bias, "CHUNK": chunk}
@@ -269,13 +284,16 @@ def _sum_runs(dw: Tensor, dy: Tensor, ids: Tensor, mask: Mask, parts: Tensor, *,
 
 
 def _zero_others(dw: Tensor, ids: Tensor) -> None:
-    """Zeros into the rows of dw, (V, C), that ids do not name."""
+    """Zeros into the rows of dw, (V, C), that ids do not name; into all of them where ids are few."""
     V, C = dw.shape
+    if ids.numel() <= ZERO_ALL:
+        dw.zero_()
+        return
     touched = torch.zeros(V, dtype=torch.uint8, device=dw.device)
     block = 64 if interpreting() else 256
     grid = (triton.cdiv(ids.numel(), block), 1, 1)
     launch(_mark_kernel, grid, ids.dtype, (ids, touched), (ids.numel(), V), {"BLOCK_N": block, "num_warps": 4})
-    constants = {"ROWS": 512 if interpreting() else 4, **_columns(C)}
+    constants = {"ROWS": 512 if interpreting() else 16, **_columns(C)}
     grid = (triton.cdiv(V, constants["ROWS"]), triton.cdiv(C, constants["BLOCK_C"]), 1)
     launch(_zero_kernel, grid, dw.dtype, (touched, dw), (V, C), constants)
 
