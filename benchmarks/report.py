@@ -1,6 +1,7 @@
 """`python -m benchmarks report`: write the tables and plots of the docs from the results that are committed.
 
-Two pages are made whole. In all others (and in the README.md beside the folder) what stands between a line
+The pages of all ops' figures are made whole, docs/kernels/results.md from ops.json and a results_NAME.md from each
+ops_NAME.json, which is the same of another GPU, and so is docs/kernels/embedding_results.md. In all others (and in the README.md beside the folder) what stands between a line
 `<!-- figures: op, op -->` and a line `<!-- end -->` is replaced by these ops' figures, by those of every size where the
 first line ends with `(all sizes) -->`. Where it is `<!-- figures: summary -->` there is one sentence and the picture of
 all ops; where it names one of `cpu.BLOCKS` or `training_report.BLOCKS`, those; and for `<!-- figures: forward -->` and
@@ -11,7 +12,7 @@ import argparse
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,8 @@ _BEGIN, _END = re.compile(r"^<!-- figures: *(.*?) *-->$"), "<!-- end -->"
 
 
 def _machine(about: dict[str, Any]) -> str:
-    return (
-        f"{about['gpu']}, driver {about['driver']}, torch {about['torch']}, Triton {about['triton']}, {about['date']}"
-    )
+    made = f"{about['gpu']}, driver {about['driver']}, torch {about['torch']}, Triton {about['triton']}, {about['date']}"
+    return made + (f", commit {about['commit']}" if about["commit"] else "")
 
 
 def refuse_cached(results: dict[str, Any]) -> None:
@@ -42,22 +42,26 @@ def refuse_cached(results: dict[str, Any]) -> None:
 
 def ops_page(
     results: dict[str, Any],
-    plots: list[str],
+    source: str,
+    plots: Sequence[str] = (),
+    others: Mapping[str, str] | None = None,
     host: dict[str, Any] | None = None,
     transformers: dict[str, Any] | None = None,
 ) -> str:
-    """docs/kernels/results.md. plots: ops that have one. host: what `benchmarks host` measured. transformers: what the
-    example did."""
+    """docs/kernels/results.md, or that of another GPU. source: the file of the results. plots: ops that have one.
+    others: pages of other GPUs, by GPU. host: what `benchmarks host` measured. transformers: what the example did."""
     rows = results["rows"]
-    limits = f"A copy of 512 MB moved\n{results['copy_bytes_per_second'] / 1e12:.2f} TB/s in the same run"
+    limits = f"A copy of 512 MB moved {results['copy_bytes_per_second'] / 1e12:.2f} TB/s in the same run"
     if "matmul_flops_per_second" in results:
         limits += f", a bf16 product of 8192^3 ran at {results['matmul_flops_per_second'] / 1e12:.0f} TFLOP/s"
     parts = [
         f"""# Ops beside their peers
 
-Made by `python -m benchmarks report` from benchmarks/results/ops.json; `python -m benchmarks ops` measures anew.
+Made by `python -m benchmarks report` from benchmarks/results/{source}; `python -m benchmarks ops` measures anew.
 
-{_machine(results["environment"])}; bf16 unless a table says otherwise. {limits}.
+{_machine(results["environment"])}; bf16 unless a table says otherwise.
+
+{limits}.
 
 Times are medians of CUDA-graph replays over inputs that rotate past the L2 cache, all variants in turns. A share is of
 the copy's bandwidth, counting each input read once and each output written once, or of the product's rate where it says
@@ -65,12 +69,15 @@ the copy's bandwidth, counting each input read once and each output written once
 torch.compile of them, Liger-Kernel.
 """
     ]
+    if others:
+        links = ", ".join(f"[{gpu}]({page})" for gpu, page in others.items())
+        parts.append(f"The same on other GPUs: {links}.\n")
     if any(row["variant"].startswith("torch-") for row in rows):
         parts.append("torch-topk and the like are other ways to do it with torch's operators.\n")
     named = {row["variant"] for row in rows}
-    others = {"cublaslt": "cuBLASLt's fused GELU", "cudnn": "cuDNN's attention", "flex": "compiled flex attention"}
-    if named & others.keys():
-        parts.append(f"{', '.join(f'{k} is {v}' for k, v in others.items() if k in named)}, each as torch offers it.\n")
+    libraries = {"cublaslt": "cuBLASLt's fused GELU", "cudnn": "cuDNN's attention", "flex": "compiled flex attention"}
+    if named & libraries.keys():
+        parts.append(f"{', '.join(f'{k} is {v}' for k, v in libraries.items() if k in named)}, each as torch offers it.\n")
     if any(not row.get("graph", True) for row in rows):
         parts.append("\\* waits for the GPU inside, so that it cannot be in a graph; called from the host.\n")
     if any(row.get("left_to_torch") for row in rows):
@@ -100,15 +107,21 @@ both. Made by `python examples/kernels_in_transformers.py --json`.
     return "\n".join(parts)
 
 
-def embedding_page(results: dict[str, Any]) -> str:
-    """docs/kernels/embedding_results.md."""
-    return f"""# Embedding, position and dropout in one pass
+def embedding_page(runs: Mapping[str, dict[str, Any]]) -> str:
+    """docs/kernels/embedding_results.md, of each run of ops a table. runs: by the file of the results."""
+    parts = [
+        "# Embedding, position and dropout in one pass\n\nMade by `python -m benchmarks report`. Sizes are sequences x "
+        "tokens x width.\n"
+    ]
+    for source, results in runs.items():
+        about = results["environment"]
+        parts.append(f"""## {about["gpu"]}
 
-Made by `python -m benchmarks report` from benchmarks/results/ops.json. Sizes are sequences x tokens x width.
-{_machine(results["environment"])}.
+{_machine(about)}; benchmarks/results/{source}.
 
 {embedding_table(results["rows"])}
-"""
+""")
+    return "\n".join(parts)
 
 
 def fill(page: Path, results: dict[str, Any], docs: Path, blocks: Mapping[str, Callable[[], str]]) -> str | None:
@@ -170,17 +183,24 @@ def _blocks(results: Path, training: Mapping[str, Any]) -> dict[str, Callable[[]
 
 def write_report(results: Path, docs: Path, *, plots: bool = True) -> list[Path]:
     """Write all that a folder of results gives into docs; returns what was written. plots: needs matplotlib."""
-    ops = _read(results / "ops.json")
-    refuse_cached(ops)
+    runs = {path.name: _read(path) for path in (results / "ops.json", *sorted(results.glob("ops_*.json")))}
+    for run in runs.values():
+        refuse_cached(run)
+    ops = runs["ops.json"]
+    others = {name: f"results_{name.removeprefix('ops_').removesuffix('.json')}.md" for name in runs if name != "ops.json"}
     host, transformers, decode = (
         _read(results / name) if (results / name).exists() else None
         for name in ("host.json", "transformers.json", "decode_cpu.json")
     )
     training = {found["suite"]: found for found in map(_read, sorted(results.glob("training_*.json")))}
     names = list(dict.fromkeys(row["op"] for row in ops["rows"]))
-    pages = {docs / "kernels/results.md": ops_page(ops, names if plots else [], host, transformers)}
+    links = {runs[name]["environment"]["gpu"]: page for name, page in others.items()}
+    pages = {
+        docs / "kernels/results.md": ops_page(ops, "ops.json", names if plots else [], links, host, transformers),
+        **{docs / "kernels" / page: ops_page(runs[name], name) for name, page in others.items()},
+    }
     if "embedding" in names:
-        pages[docs / "kernels/embedding_results.md"] = embedding_page(ops)
+        pages[docs / "kernels/embedding_results.md"] = embedding_page(runs)
     blocks = _blocks(results, training)
     for page in (docs.parent / "README.md", *sorted(docs.rglob("*.md"))):
         filled = fill(page, ops, docs, blocks) if page not in pages and page.exists() else None

@@ -189,6 +189,37 @@ def test_pages_are_filled_between_their_marks(pages: Path) -> None:
     assert (pages / "docs/other.md").stat().st_mtime_ns == other
 
 
+def test_another_gpu_has_a_page_of_its_own(pages: Path) -> None:
+    """Which results.md names; figures within pages stay those of ops.json. The embedding's table is of both."""
+    results = json.loads((pages / "ops.json").read_text())
+    size = {"B": 2, "T": 3, "C": 4}
+    for name, gpu, seconds in (("ops.json", "G", 1e-5), ("ops_large.json", "L", 7e-6)):
+        made = {**results, "environment": {**MACHINE, "gpu": gpu, "commit": f"of {gpu}"}}
+        peers = (("fusedlm", seconds), ("torch", 2e-5), ("compile", 3e-5))
+        made["rows"] = results["rows"] + [measured(v, t, op="embedding", shape=size) for v, t in peers]
+        (pages / name).write_text(json.dumps(made))
+    write_report(pages, pages / "docs", plots=False)
+    first, other = ((pages / f"docs/kernels/{name}.md").read_text() for name in ("results", "results_large"))
+    assert "The same on other GPUs: [L](results_large.md)." in first
+    assert "ops.json" in first
+    assert "ops_large.json" in other
+    assert "\nL, driver 1, torch 2, Triton 3, today, commit of L; " in other
+    assert "other GPUs" not in other
+    assert "G, torch 2, Triton 3; bfloat16" in (pages / "docs/deep/op.md").read_text()
+    tables = (pages / "docs/kernels/embedding_results.md").read_text().split("\n## ")[1:]
+    assert [table.split("\n")[0] for table in tables] == ["G", "L"]
+    assert "| 2 x 3 x 4 | forward | 20.0 | 30.0 | 10.0 |" in tables[0]
+    assert "| 2 x 3 x 4 | forward | 20.0 | 30.0 | 7.0 |" in tables[1]
+
+
+def test_figures_of_a_cache_are_refused_of_every_gpu(pages: Path) -> None:
+    results = json.loads((pages / "ops.json").read_text())
+    results["rows"][0]["cached"] = True
+    (pages / "ops_large.json").write_text(json.dumps(results))
+    with pytest.raises(ValueError, match="figures of op come from a cache"):
+        write_report(pages, pages / "docs", plots=False)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
