@@ -1,11 +1,12 @@
 """`python -m benchmarks report`: write the tables and plots of the docs from the results that are committed.
 
-The pages of all ops' figures are made whole, docs/kernels/results.md from ops.json and a results_NAME.md from each
-ops_NAME.json, which is the same of another GPU, and so is docs/kernels/embedding_results.md. In all others (and in the README.md beside the folder) what stands between a line
-`<!-- figures: op, op -->` and a line `<!-- end -->` is replaced by these ops' figures, by those of every size where the
-first line ends with `(all sizes) -->`. Where it is `<!-- figures: summary -->` there is one sentence and the picture of
-all ops; where it names one of `cpu.BLOCKS` or `training_report.BLOCKS`, those; and for `<!-- figures: forward -->` and
-`<!-- figures: memory -->` the tables of `python -m benchmarks forward` and `memory`.
+The pages of all ops' figures are made whole: docs/kernels/results.md from ops.json, a results_NAME.md from each
+ops_NAME.json, which is the same of another GPU, and docs/kernels/embedding_results.md. In all others (and in the
+README.md beside the folder) what stands between a line `<!-- figures: op, op -->` and a line `<!-- end -->` is replaced
+by these ops' figures, by those of every size where the first line ends with `(all sizes) -->`. Where it is
+`<!-- figures: summary -->` there is one sentence and the picture of all ops; where it names one of `cpu.BLOCKS` or
+`training_report.BLOCKS`, those; and for `<!-- figures: forward -->` and `<!-- figures: memory -->` the tables of
+`python -m benchmarks forward` and `memory`.
 """
 
 import argparse
@@ -29,8 +30,10 @@ _BEGIN, _END = re.compile(r"^<!-- figures: *(.*?) *-->$"), "<!-- end -->"
 
 
 def _machine(about: dict[str, Any]) -> str:
-    made = f"{about['gpu']}, driver {about['driver']}, torch {about['torch']}, Triton {about['triton']}, {about['date']}"
-    return made + (f", commit {about['commit']}" if about["commit"] else "")
+    parts = [f"driver {about['driver']}", f"torch {about['torch']}", f"Triton {about['triton']}", about["date"]]
+    if about["commit"]:
+        parts.append(f"commit {about['commit']}")
+    return ", ".join([about["gpu"], *parts])
 
 
 def refuse_cached(results: dict[str, Any]) -> None:
@@ -77,7 +80,8 @@ torch.compile of them, Liger-Kernel.
     named = {row["variant"] for row in rows}
     libraries = {"cublaslt": "cuBLASLt's fused GELU", "cudnn": "cuDNN's attention", "flex": "compiled flex attention"}
     if named & libraries.keys():
-        parts.append(f"{', '.join(f'{k} is {v}' for k, v in libraries.items() if k in named)}, each as torch offers it.\n")
+        told = ", ".join(f"{name} is {what}" for name, what in libraries.items() if name in named)
+        parts.append(f"{told}, each as torch offers it.\n")
     if any(not row.get("graph", True) for row in rows):
         parts.append("\\* waits for the GPU inside, so that it cannot be in a graph; called from the host.\n")
     if any(row.get("left_to_torch") for row in rows):
@@ -187,7 +191,7 @@ def write_report(results: Path, docs: Path, *, plots: bool = True) -> list[Path]
     for run in runs.values():
         refuse_cached(run)
     ops = runs["ops.json"]
-    others = {name: f"results_{name.removeprefix('ops_').removesuffix('.json')}.md" for name in runs if name != "ops.json"}
+    others = {name: f"results{name.removeprefix('ops').removesuffix('.json')}.md" for name in runs if name != "ops.json"}
     host, transformers, decode = (
         _read(results / name) if (results / name).exists() else None
         for name in ("host.json", "transformers.json", "decode_cpu.json")
