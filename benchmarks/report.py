@@ -191,7 +191,7 @@ def write_report(results: Path, docs: Path, *, plots: bool = True) -> list[Path]
     for run in runs.values():
         refuse_cached(run)
     ops = runs["ops.json"]
-    others = {name: f"results{name.removeprefix('ops').removesuffix('.json')}.md" for name in runs if name != "ops.json"}
+    others = {name: f"results{name[len('ops') : -len('.json')]}.md" for name in runs if name != "ops.json"}
     host, transformers, decode = (
         _read(results / name) if (results / name).exists() else None
         for name in ("host.json", "transformers.json", "decode_cpu.json")
