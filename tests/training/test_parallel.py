@@ -44,6 +44,13 @@ VARIANTS = {
 BF16 = {
     f"bf16, {optimizer}": ["training.precision=bf16", f"training.optimizer={optimizer}"] for optimizer in OPTIMIZERS
 } | {"bf16, torch's collectives": ["training.precision=bf16", "parallel.direct=false"]}
+SCALED = "training.precision=fp16"
+FP32_GRADIENTS = {
+    "fp16": [SCALED],
+    "fp16, torch's collectives": [SCALED, "parallel.direct=false", "training.micro_batches=2"],
+    "fp16, muon": [SCALED, "training.optimizer=muon"],
+    "gradients in fp32": ["training.precision=bf16", "training.grad_dtype=fp32", "training.micro_batches=2"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +62,7 @@ def two(dataset_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     sections = {**TINY, "data": {"sources": [str(dataset_folder)]}, "checkpoints": {"interval": 4, "keep": 2}}
     specs = [
         {"folder": str(folder / name), "overrides": overrides, "sections": sections}
-        for name, overrides in {**VARIANTS, **BF16}.items()
+        for name, overrides in {**VARIANTS, **BF16, **FP32_GRADIENTS}.items()
     ]
     done = torchrun(json.dumps(specs))
     assert done.returncode == 0, done.stderr[-5000:]
@@ -93,6 +100,20 @@ def test_masters_of_two_processes(two: Path, run: Callable[..., Any], name: str,
     shutil.copytree(two / name, tmp_path / "two")
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-00000008")
     resumed, _ = run("two", *BF16[name], resume=True)
+    assert resumed.began == [4]
+    assert resumed.losses == pytest.approx(told(two / name)["losses"][4:], abs=0.02)
+
+
+@pytest.mark.parametrize("name", FP32_GRADIENTS)
+def test_gradients_in_fp32_of_two_processes(two: Path, run: Callable[..., Any], name: str, tmp_path: Path) -> None:
+    """FSDP makes them in their parameters' dtype. An fp16 loss is scaled alike, and what two saved one goes on with."""
+    one, _ = run("one", *FP32_GRADIENTS[name])
+    assert told(two / name)["gradients"] == ["torch.float32"]
+    assert told(two / "bf16, adamw")["gradients"] == ["torch.bfloat16"]
+    assert told(two / name)["losses"] == pytest.approx(one.losses, abs=0.02)
+    shutil.copytree(two / name, tmp_path / "two")
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-00000008")
+    resumed, _ = run("two", *FP32_GRADIENTS[name], resume=True)
     assert resumed.began == [4]
     assert resumed.losses == pytest.approx(told(two / name)["losses"][4:], abs=0.02)
 

@@ -1,7 +1,7 @@
 """Runs for tests/training/test_parallel.py, under torchrun: python -m torch.distributed.run ... two_processes.py SPEC
 
 SPEC: JSON, a list of runs: {"folder", "resume", "overrides", "sections", "device"}. The first rank writes losses beside
-each, and how often weights were gathered and gradients exchanged in the last step.
+each, and of the last step how often weights were gathered and gradients exchanged, and these gradients' dtypes.
 """
 
 import json
@@ -35,9 +35,11 @@ class Losses:
         self.losses: list[float] = []
         self.said: list[str] = []
         self.gathers = self.exchanges = 0
+        self.parameters: list[torch.Tensor] = []
 
     def begin(self, trainer: Any, done: int) -> None:
         step = trainer.step.backward
+        self.parameters = trainer.optimizer.parameters
 
         def counted(batches: Any) -> torch.Tensor:
             with Collectives() as seen:
@@ -58,7 +60,8 @@ class Losses:
 
     def end(self) -> None:
         counts = {"gathers": self.gathers, "exchanges": self.exchanges}
-        self.path.write_text(json.dumps({"losses": self.losses, "said": self.said, **counts}))
+        dtypes = sorted({str(p.grad.dtype) for p in self.parameters if p.grad is not None})
+        self.path.write_text(json.dumps({"losses": self.losses, "said": self.said, "gradients": dtypes, **counts}))
 
     def __getattr__(self, name: str) -> Any:
         return lambda *given: None

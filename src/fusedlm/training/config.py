@@ -77,8 +77,7 @@ class TrainingConfig(_Section):
     the share of the steps in which "wsd" decays, at the end. muon_lr: of the matrices that Muon takes.
     precision: "fp32"; "tf32", its products rounded; "bf16", with fp32 masters in the optimizer; "bf16-pure", without;
     "fp16", with masters and a scaled loss. state_dtype: of the optimizer's moments; bf16 for "bf16-pure" by default.
-    grad_dtype: "fp32" sums the gradients of micro-batches in fp32, in twice the memory; "fp16" always does so. Of one
-    process alone.
+    grad_dtype: "fp32" sums the gradients of micro-batches in fp32, in twice the memory; "fp16" always does so.
     recompute: what the backward pass computes anew: nothing, what is cheap (norms, GELU, SwiGLU), or blocks.
     graph: a step is one CUDA graph where there is a GPU and shapes are fixed.
     nonfinite, spike: what happens at gradients that are no numbers, and at losses more than spike_sigmas standard

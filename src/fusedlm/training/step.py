@@ -72,6 +72,7 @@ class Step:
             if self.scaling is not None:
                 scale = scale * self.scaling.scale
             (loss * scale).backward()  # type: ignore[no-untyped-call]
+            self.optimizer.widen()
         return self.ranks.sum(sums)
 
     def state(self) -> Iterator[tuple[str, Tensor]]:

@@ -92,11 +92,6 @@ class Trainer:
         self.observers = list(observers) if ranks.first else []
         self.tokenizer = dataset.tokenizer()
         training = config.training
-        if ranks.size > 1 and (training.precision == "fp16" or training.grad_dtype == "fp32"):
-            raise ValueError(
-                f"training.precision is {training.precision} and training.grad_dtype {training.grad_dtype}; of "
-                f"{ranks.size} processes, expected neither fp16 nor fp32: FSDP keeps gradients as their parameters"
-            )
         dataset.check_vocabulary(model.config.vocab_size)
         self.context = training.context or min(model.config.context_length, 1024)
         self.micro_batches = training.micro_batches or 1
