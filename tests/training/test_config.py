@@ -66,6 +66,8 @@ def test_later_settings_win(tmp_path: Path) -> None:
         ("training.betas=[0.9]", r"training\.betas is \[0\.9\]; expected more values"),
         ("data.sources=text.txt", r"data\.sources is 'text\.txt'; expected a list"),
         ("data=3", r"data is 3; expected a table of settings"),
+        ("lora.alpha=8", r"lora\.alpha is 8; expected lora\.rank beside it, without which all weights are trained"),
+        ("lora.targets=['mlp.up']", r"lora\.targets is \['mlp\.up'\]; expected lora\.rank beside it"),
         ("training.lr", r"--set 'training\.lr'; expected section\.key=value"),
         ("=3", r"--set '=3'; expected section\.key=value"),
     ],
@@ -73,6 +75,12 @@ def test_later_settings_win(tmp_path: Path) -> None:
 def test_what_is_refused(override: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         make_config("python-char", None, [override])
+
+
+@pytest.mark.parametrize("targets", ["['mlp.up', 'mlp.up']", "[]"])
+def test_targets_of_lora_that_are_refused(targets: str) -> None:
+    with pytest.raises(ValueError, match=r"lora\.targets is \[.*; expected names, each once"):
+        make_config("python-char", None, ["lora.rank=2", f"lora.targets={targets}"])
 
 
 def test_files_and_names_that_are_refused(tmp_path: Path) -> None:

@@ -169,6 +169,16 @@ class LoRAConfig(_Section):
     alpha: float = Field(default=16.0, gt=0)
     targets: tuple[str, ...] = ("attention.qkv", "attention.out")
 
+    @field_validator("alpha", "targets")
+    @classmethod
+    def _of_a_rank(cls, value: Any, found: ValidationInfo) -> Any:
+        assert found.field_name is not None
+        if found.data.get("rank") == 0 and value != cls.model_fields[found.field_name].default:
+            raise ValueError("lora.rank beside it, without which all weights are trained")
+        if isinstance(value, tuple) and not 0 < len(value) == len(set(value)):
+            raise ValueError("names, each once")
+        return value
+
 
 class LogConfig(_Section):
     """interval: steps between two rows of metrics.csv. tensorboard, wandb: write there too; the extra of that name."""
