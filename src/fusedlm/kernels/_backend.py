@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: Triton on CUDA tensors, torch elsewhere.
+"""Which implementation of an op runs: Triton on CUDA tensors of a dtype that it computes with, torch elsewhere.
 
 The interpreter (TRITON_INTERPRET=1) runs Triton kernels on CPU tensors where `backend("triton")` asks for them.
 """
@@ -16,6 +16,9 @@ Backend = Literal["auto", "triton", "torch"]
 
 _forced: Backend = "auto"
 
+# What kernels compute with, in fp32. They would lose half the digits of fp64, and integers have no such ops.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 
 @functools.cache
 def interpreting() -> bool:
@@ -30,10 +33,14 @@ def interpreting() -> bool:
 def use_triton(x: Tensor) -> bool:
     """Whether an op that has a Triton kernel launches it for `x`."""
     if _forced == "auto":
-        return x.is_cuda
+        return x.is_cuda and x.dtype in DTYPES
     elsewhere = not (x.is_cuda or x.is_meta)  # meta: see record_launches
     if _forced == "triton" and elsewhere and not torch.compiler.is_compiling() and not interpreting():
         raise ValueError(f"the Triton kernels were asked for, and they need a CUDA tensor; got one on {x.device}")
+    if _forced == "triton" and x.dtype not in DTYPES:
+        raise ValueError(
+            f"the Triton kernels were asked for, and they need {', '.join(map(str, DTYPES))}; got a tensor of {x.dtype}"
+        )
     return _forced == "triton"
 
 

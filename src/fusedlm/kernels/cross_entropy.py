@@ -298,7 +298,7 @@ def cross_entropy(
 
     input: (..., V), any strides. target: (...) int64, each in [0, V) or ignore_index, whose rows count for nothing.
     label_smoothing: the share of probability spread over all classes (Szegedy et al. 2016). z_loss: the factor of the
-    squared logsumexp. Returns fp32 (fp64 for fp64 on a CPU): a scalar, or (...) where reduction is "none". The mean of
+    squared logsumexp. Returns fp32 (fp64 for fp64): a scalar, or (...) where reduction is "none". The mean of
     no rows is NaN. Raises ValueError for what does not fit; targets out of range raise on a CPU at once, on a GPU they
     give NaN and raise at a later call (`raise_index_errors`).
     """

@@ -23,7 +23,7 @@ from fusedlm.kernels._triton import tl, triton
 
 
 def gelu_ref(x: Tensor, approximate: Literal["none", "tanh"] = "none", bias: Tensor | None = None) -> Tensor:
-    return F.gelu(x if bias is None else x + bias, approximate=approximate)
+    return F.gelu(x if bias is None else x + bias, approximate=approximate).to(x.dtype)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from fusedlm.kernels._columns import column_sums
 from fusedlm.kernels._launch import rows
 from fusedlm.kernels._operator import operator
 from fusedlm.kernels.gelu import gelu, gelu_backward_and_sums, gelu_ref
-from fusedlm.kernels.linear import linear, products_backward
+from fusedlm.kernels.linear import check_dtypes, linear, products_backward
 from fusedlm.kernels.linear.launches import Product, kernel_for, product
 from fusedlm.kernels.swiglu import swiglu, swiglu_backward, swiglu_ref
 
@@ -138,7 +138,7 @@ def mlp(
     gate and then up, without a bias (Shazeer 2020). One dtype; weights may lie in memory transposed. Returns (..., N).
     recompute: whether the backward pass computes what act gives anew and does not keep it; by default on a GPU, where
     a product does so in passing.
-    Raises ValueError for shapes that do not fit, another activation, or a bias with "swiglu".
+    Raises ValueError for shapes or dtypes that do not fit, another activation, or a bias with "swiglu".
     """
     _check(x, up, up_bias, down, down_bias, activation)
     if recompute is None:
@@ -173,3 +173,4 @@ def _check(
     for name, bias, weight in (("up_bias", up_bias, up), ("down_bias", down_bias, down)):
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(f"{name} has shape {tuple(bias.shape)}; expected {tuple(weight.shape[:1])}")
+    check_dtypes(x=x, up=up, up_bias=up_bias, down=down, down_bias=down_bias)

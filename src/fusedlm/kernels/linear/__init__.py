@@ -44,6 +44,13 @@ def linear_ref(
     return y if residual is None else y + residual
 
 
+def check_dtypes(**tensors: Tensor | None) -> None:
+    """Raises ValueError where tensors of a product, those that there are, have several dtypes."""
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items() if tensor is not None}
+    if len(set(dtypes.values())) > 1:
+        raise ValueError(f"{', '.join(f'{name} is {dtype}' for name, dtype in dtypes.items())}; expected one dtype")
+
+
 def products_backward(
     dz: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -151,7 +158,7 @@ def linear(
     seed, stream: of a dropout before the residual, see `dropout`, whose mask it has. Returns (..., N).
     Without more than a bias it is the vendor library's product on every backend (cuBLAS, oneDNN); so it is where one
     of ours was not measured faster, and the rest a pass behind it.
-    Raises ValueError for shapes that do not fit, another activation, or an activation with dropout or a residual.
+    Raises ValueError for shapes or dtypes that do not fit, another activation, or one with dropout or a residual.
     """
     N, K = _check(x, weight, bias, activation, residual)
     seed = dropout_seed(seed, dropout_p, training, x.device)
@@ -193,4 +200,5 @@ def _check(
         raise ValueError(f"activation is {activation!r}; expected None, 'gelu' or 'gelu_tanh'")
     if residual is not None and residual.shape != (*x.shape[:-1], N):
         raise ValueError(f"residual has shape {tuple(residual.shape)}; expected {(*x.shape[:-1], N)}")
+    check_dtypes(x=x, weight=weight, bias=bias, residual=residual)
     return N, K

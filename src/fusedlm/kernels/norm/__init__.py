@@ -31,7 +31,10 @@ SUMS_N = 4096  # up to which the backward pass has registers for sums of dx
 
 
 def layer_norm_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    # Of several dtypes torch takes some on some devices.
+    wide = functools.reduce(torch.promote_types, (t.dtype for t in (x, weight, bias) if t is not None))
+    bias = None if bias is None else bias.to(wide)
+    return F.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias, eps).to(x.dtype)
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
