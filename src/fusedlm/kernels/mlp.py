@@ -173,4 +173,4 @@ def _check(
     for name, bias, weight in (("up_bias", up_bias, up), ("down_bias", down_bias, down)):
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(f"{name} has shape {tuple(bias.shape)}; expected {tuple(weight.shape[:1])}")
-    check_dtypes(x=x, up=up, up_bias=up_bias, down=down, down_bias=down_bias)
+    check_dtypes(x, up=up, up_bias=up_bias, down=down, down_bias=down_bias)

@@ -44,11 +44,11 @@ def linear_ref(
     return y if residual is None else y + residual
 
 
-def check_dtypes(**tensors: Tensor | None) -> None:
-    """Raises ValueError where tensors of a product, those that there are, have several dtypes."""
-    dtypes = {name: tensor.dtype for name, tensor in tensors.items() if tensor is not None}
-    if len(set(dtypes.values())) > 1:
-        raise ValueError(f"{', '.join(f'{name} is {dtype}' for name, dtype in dtypes.items())}; expected one dtype")
+def check_dtypes(x: Tensor, **others: Tensor | None) -> None:
+    """Raises ValueError where those of the others that there are have another dtype than x."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise ValueError(f"{name} is {tensor.dtype}; expected x's {x.dtype}")
 
 
 def products_backward(
@@ -200,5 +200,5 @@ def _check(
         raise ValueError(f"activation is {activation!r}; expected None, 'gelu' or 'gelu_tanh'")
     if residual is not None and residual.shape != (*x.shape[:-1], N):
         raise ValueError(f"residual has shape {tuple(residual.shape)}; expected {(*x.shape[:-1], N)}")
-    check_dtypes(x=x, weight=weight, bias=bias, residual=residual)
+    check_dtypes(x, weight=weight, bias=bias, residual=residual)
     return N, K
