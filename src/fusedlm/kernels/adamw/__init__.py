@@ -59,9 +59,9 @@ def adamw(
     """One step of AdamW (Loshchilov and Hutter 2019, algorithm 2), in place, over all tensors in few launches.
 
     params, exp_avgs, exp_avg_sqs: float32, bfloat16 or float16 (by torch's ops float64 too), without gaps in memory;
-    grads: the same dtypes, any strides; masters: None, or for each parameter None or what is updated in its place and rounded
-    to it: a float32 copy, or of a bfloat16 parameter the int16 that makes it float32 (see `split_master`). All of one
-    device; of DTensors, this process's shards.
+    grads: the same dtypes, any strides; masters: None, or for each parameter None or what is updated in its place and
+    rounded to it: a float32 copy, or of a bfloat16 parameter the int16 that makes it float32 (see `split_master`). All
+    of one device; of DTensors, this process's shards.
     step: steps done so far, one element of float32, one for all or one for each; advanced on the device. lr: a number,
     or one element on the device or the CPU. maximize: go up instead of down.
     max_norm: scale gradients as `torch.nn.utils.clip_grad_norm_` does; they are not written to. total_norm: their norm
