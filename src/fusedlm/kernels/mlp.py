@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fusedlm.kernels._autocast import autocast
 from fusedlm.kernels._backend import use_triton
 from fusedlm.kernels._columns import column_sums
 from fusedlm.kernels._launch import rows
@@ -140,6 +141,7 @@ def mlp(
     a product does so in passing.
     Raises ValueError for shapes or dtypes that do not fit, another activation, or a bias with "swiglu".
     """
+    x, up, up_bias, down, down_bias = autocast(x, up, up_bias, down, down_bias)
     _check(x, up, up_bias, down, down_bias, activation)
     if recompute is None:
         recompute = use_triton(x)

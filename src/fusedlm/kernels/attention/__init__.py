@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fusedlm.kernels._autocast import autocast
 from fusedlm.kernels._backend import forced, use_triton
 from fusedlm.kernels._launch import capability
 from fusedlm.kernels._operator import operator
@@ -226,6 +227,7 @@ def attention(
     only under torch.use_deterministic_algorithms, which takes other kernels.
     Raises ValueError for what does not fit.
     """
+    q, k, v = autocast(q, k, v)
     _check(q, k, v)
     T, S = q.shape[2], k.shape[2]
     if cu_seqlens is not None and (T != S or offset not in (None, 0) or cu_seqlens.ndim != 1 or len(cu_seqlens) < 2):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fusedlm.kernels._autocast import autocast, autocasts
 from fusedlm.kernels._backend import use_triton
 from fusedlm.kernels._columns import column_sums
 from fusedlm.kernels._launch import rows
@@ -160,6 +161,7 @@ def linear(
     of ours was not measured faster, and the rest a pass behind it.
     Raises ValueError for shapes or dtypes that do not fit, another activation, or one with dropout or a residual.
     """
+    x, weight, bias = autocast(x, weight, bias)
     N, K = _check(x, weight, bias, activation, residual)
     seed = dropout_seed(seed, dropout_p, training, x.device)
     if activation is not None and (residual is not None or seed is not None):
@@ -171,6 +173,7 @@ def linear(
     epilogue = activation is not None or residual is not None or seed is not None
     x2 = x.reshape(-1, K)
     fused = epilogue and x2.numel() > 0 and N > 0 and kernel_for(x2, N, K) is not None and (seed is None or N % 8 == 0)
+    fused = fused and (residual is None or residual.dtype == x.dtype)
     if fused and activation is not None:
         tanh = activation == "gelu_tanh"
         if trains:
@@ -200,5 +203,5 @@ def _check(
         raise ValueError(f"activation is {activation!r}; expected None, 'gelu' or 'gelu_tanh'")
     if residual is not None and residual.shape != (*x.shape[:-1], N):
         raise ValueError(f"residual has shape {tuple(residual.shape)}; expected {(*x.shape[:-1], N)}")
-    check_dtypes(x, weight=weight, bias=bias, residual=residual)
+    check_dtypes(x, weight=weight, bias=bias, residual=None if autocasts(x) else residual)
     return N, K

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fusedlm.kernels._autocast import autocast, autocasts
 from fusedlm.kernels._backend import interpreting, use_triton
 from fusedlm.kernels._index_errors import raise_index_errors
 from fusedlm.kernels._launch import elementwise_config, launch
@@ -183,6 +184,9 @@ def linear_cross_entropy(
     reuse_input: input's memory may take its gradient, where nobody else needs its values after this.
     Raises ValueError for what does not fit.
     """
+    if autocasts(input):
+        input, weight = autocast(input, weight)
+        tied = None  # what the embedding has is the weight in its own dtype
     if weight.ndim != 2 or weight.shape[1] != input.shape[-1] or weight.dtype != input.dtype:
         raise ValueError(
             f"weight is {tuple(weight.shape)} {weight.dtype}; expected (V, {input.shape[-1]}) {input.dtype}"

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fusedlm.kernels._autocast import one_dtype
 from fusedlm.kernels._backend import use_triton
 from fusedlm.kernels._columns import remember_sums, sum_partials
 from fusedlm.kernels._launch import launch, num_programs, rows
@@ -357,6 +358,8 @@ def add_layer_norm(
     both are summed in the norm's backward pass. dropout_p, training, seed, stream: as for `dropout`.
     Raises ValueError where the shapes do not fit, or for dropout without a residual.
     """
+    if residual is not None:
+        x, residual = one_dtype(x, residual)
     _check(x, residual, weight, bias)
     _check_sum(x, residual, dropout_p)
     seed = dropout_seed(seed, dropout_p, training, x.device)
@@ -377,6 +380,8 @@ def add_rms_norm(
     stream: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """(rms_norm(s), s) in one pass, s = dropout(x) + residual. As add_layer_norm, without a bias."""
+    if residual is not None:
+        x, residual = one_dtype(x, residual)
     _check(x, residual, weight, None)
     _check_sum(x, residual, dropout_p)
     seed = dropout_seed(seed, dropout_p, training, x.device)
