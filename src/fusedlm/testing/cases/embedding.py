@@ -37,6 +37,7 @@ CASES = (
             {"B": 2, "T": 7, "C": 123, "V": 50, "S": 11, "each": True},
             {"B": 2, "T": 20, "C": 16, "V": 10, "runs": True},
             {"B": 1, "T": 4, "C": 40, "V": 1, "S": 4, "p": 0.5},
+            {"B": 2, "T": 3, "C": 16, "V": 20},  # few enough that all rows are zeroed, in the interpreter
             {"B": 9, "T": 9, "C": 8, "V": 300},  # many enough to be sorted, in the interpreter: as int16, and as int32
             {"B": 9, "T": 9, "C": 8, "V": 40000},
         ),
