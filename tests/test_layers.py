@@ -16,7 +16,7 @@ ORDER = [
     {"checkpoint", "tokenizer", "data", "planner"},
     {"training", "inference"},
     {"server"},
-    {"cli"},
+    {"cli", "__main__"},
 ]
 PLACE = {name: i for i, names in enumerate(ORDER) for name in names}
 PEERS_APART = {"training", "inference"}
