@@ -86,7 +86,7 @@ def test_fp64_keeps_its_digits(op: str) -> None:
         OPS[op](x)
 
 
-@pytest.mark.parametrize("name", ("auto", *BACKENDS))
+@pytest.mark.parametrize("name", ["auto", *BACKENDS])
 def test_integers_are_refused(name: Any) -> None:
     with backend(name), pytest.raises((RuntimeError, ValueError), match=r"not implemented for 'Long'|of torch\.int64"):
         gelu(torch.ones(4, 4, dtype=torch.int64, device=DEVICE))

@@ -49,7 +49,7 @@ def _sum_parts(x: Tensor, scale: float) -> Tensor:
 def sum_parts(x: Tensor, scale: float = 1.0, *, out: Tensor | None = None) -> Tensor:
     """The sum of x, (R, *), over its first dimension, times scale: (*), in x's dtype, which is floating-point.
 
-    Added in fp32 (on a CPU float64 in float64), in the order of the parts. x: any strides. out: contiguous, where to
+    Added in fp32 (float64 in float64), in the order of the parts. x: any strides. out: contiguous, where to
     write it, in x's dtype; nothing that x shares memory with. Has no gradient. Raises ValueError where x asks for one,
     has no parts, or out does not fit.
     """

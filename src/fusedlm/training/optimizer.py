@@ -25,10 +25,13 @@ class Optimizer:
         self.lr = torch.tensor(training.lr, dtype=torch.float32, device=device)
         self.muon_lr = torch.tensor(training.muon_lr, dtype=torch.float32, device=device)
         self._highest = (training.lr, training.muon_lr)
-        self._wide = training.grad_dtype == "fp32" or training.precision == "fp16"
-        if self._wide:
-            for _, p in named:  # FSDP sets gradients of its parameters' dtype, and `widen` others
-                p.grad_dtype = None if hasattr(p, "full_tensor") else torch.float32
+        self._widened: list[Tensor] = []
+        if training.grad_dtype == "fp32" or training.precision == "fp16":
+            for _, p in named:
+                sharded = hasattr(p, "full_tensor")
+                p.grad_dtype = None if sharded else torch.float32
+                if sharded:  # FSDP sets gradients of its parameters' dtype
+                    self._widened.append(p)
         self._names: dict[Tensor, str] = {p: name for name, p in named}
         matrices = [p for name, p in named if training.optimizer == "muon" and is_for_muon(name, p)]
         taken = set(matrices)
@@ -82,12 +85,10 @@ class Optimizer:
             p.grad = None
 
     def widen(self) -> None:
-        """After each backward pass: gradients that are to be in fp32 and that FSDP has just set are. It adds those of
-        the next micro-batch to them."""
-        if self._wide:
-            for p in self._names:
-                if p.grad is not None:
-                    p.grad = p.grad.float()
+        """After each backward pass: in fp32, where that is asked for, what FSDP has set; to that it adds the next ones."""
+        for p in self._widened:
+            if p.grad is not None:
+                p.grad = p.grad.float()
 
     def step(self) -> None:
         if self.muon is not None:

@@ -172,8 +172,8 @@ def linear(
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     epilogue = activation is not None or residual is not None or seed is not None
     x2 = x.reshape(-1, K)
-    fused = epilogue and x2.numel() > 0 and N > 0 and kernel_for(x2, N, K) is not None and (seed is None or N % 8 == 0)
-    fused = fused and (residual is None or residual.dtype == x.dtype)
+    fits = (seed is None or N % 8 == 0) and (residual is None or residual.dtype == x.dtype)
+    fused = epilogue and fits and x2.numel() > 0 and N > 0 and kernel_for(x2, N, K) is not None
     if fused and activation is not None:
         tanh = activation == "gelu_tanh"
         if trains:
