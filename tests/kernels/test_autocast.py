@@ -47,11 +47,13 @@ PRODUCTS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]], torch.dt
 
 
 @pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("first", [torch.float32, DTYPE])
 @pytest.mark.parametrize("op", PRODUCTS)
-def test_products_take_its_dtype(op: str, name: Any) -> None:
-    """fp32 operands, gradients of their dtype, and the values of rounded operands."""
+def test_products_take_its_dtype(op: str, first: torch.dtype, name: Any) -> None:
+    """fp32 operands, of which the first may be another product's result; gradients of their dtypes."""
     function, shapes, expected = PRODUCTS[op]
     inputs = [numbers(*shape, seed=i) for i, shape in enumerate(shapes)]
+    inputs[0] = inputs[0].detach().to(first).requires_grad_()
     with torch.autocast(DEVICE, DTYPE), backend(name):
         y = function(*inputs)
     assert y.dtype == (expected or DTYPE)
@@ -62,9 +64,9 @@ def test_products_take_its_dtype(op: str, name: Any) -> None:
     true = torch.autograd.grad(truth.square().sum(), truths)
     for found, right in ((y, truth), *zip(gradients, true, strict=True)):
         assert (found.double() - right).norm() < TOLERANCE * right.norm()
-    assert {g.dtype for g in gradients} == {torch.float32}
+    assert [g.dtype for g in gradients] == [t.dtype for t in inputs]
     with backend(name):  # nothing of it stays
-        assert function(*inputs).dtype == torch.float32
+        assert function(*(t.float() for t in inputs)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -85,7 +87,7 @@ def test_a_product_beside_a_residual_in_fp32(op: Callable[..., Any], name: Any) 
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_tied_matrix_gets_both_gradients(name: Any) -> None:
-    """Though its two parts have two dtypes."""
+    """Though its two parts have two dtypes; the sum has the digits of the wider."""
     ids, weight = TARGETS.clamp(min=0).view(2, 4), numbers(16, 32, seed=0)
     targets = TARGETS.roll(1).view(2, 4)
     tied = TiedGradient()
@@ -96,6 +98,7 @@ def test_a_tied_matrix_gets_both_gradients(name: Any) -> None:
     loss = F.cross_entropy(F.embedding(ids, truth).view(8, 32) @ truth.t(), targets.flatten())
     (right,) = torch.autograd.grad(loss, truth)
     assert (found.double() - right).norm() < TOLERANCE * right.norm()
+    assert not torch.equal(found, found.to(DTYPE).float())
 
 
 def test_fp64_stays() -> None:

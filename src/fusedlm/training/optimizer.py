@@ -85,7 +85,7 @@ class Optimizer:
             p.grad = None
 
     def widen(self) -> None:
-        """After each backward pass: in fp32, where that is asked for, what FSDP has set; to that it adds the next ones."""
+        """After each backward pass: FSDP's gradients in fp32, where that is asked for. It adds the next to them."""
         for p in self._widened:
             if p.grad is not None:
                 p.grad = p.grad.float()
