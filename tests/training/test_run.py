@@ -12,7 +12,9 @@ import fusedlm
 from fusedlm.data.dataset import Dataset
 from fusedlm.data.loader import Evaluation, Loader
 from fusedlm.models import build_model
-from fusedlm.training.config import make_config
+from fusedlm.tokenizer.characters import CharacterTokenizer
+from fusedlm.training.config import DataConfig, make_config
+from fusedlm.training.datasets import open_dataset
 from fusedlm.training.metrics import COLUMNS, read_metrics
 from fusedlm.training.randomness import seed_step
 from fusedlm.training.ranks import Ranks
@@ -135,3 +137,12 @@ def test_what_is_refused(run: Callable[..., Any], tmp_path: Path) -> None:
         train(make_config("python-char"), tmp_path / "x", device="tpu")
     with pytest.raises(ValueError, match=r"holds no run: .*run\.toml is missing"):
         read_run(tmp_path / "nothing")
+
+
+def test_a_separator_has_the_escapes_that_people_type(tmp_path: Path) -> None:
+    """As `fusedlm data prepare --separator` takes it."""
+    (tmp_path / "text.txt").write_text("\n%%\n".join(["abc ab", "cab", "bca"] * 20))
+    data = DataConfig(sources=(str(tmp_path / "text.txt"),), tokenizer="characters", separator="\\n%%\\n")
+    tokenizer = open_dataset(data, tmp_path / "data").tokenizer()
+    assert isinstance(tokenizer, CharacterTokenizer)
+    assert sorted(tokenizer.characters) == [" ", "a", "b", "c"]
