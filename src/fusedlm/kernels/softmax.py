@@ -60,6 +60,14 @@ def _long_fwd_kernel(x_ptr, y_ptr, x_stride, N, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def _widened(x):
+    """x, of 16 bits, in fp32. bf16 by its bits: Triton 3.8 and 3.9 take more registers to convert a whole row."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
 def _widened_again(x, zero):
     """x, of 16 bits, in fp32. zero: 0, which the compiler must not know, or it would keep what it widened before."""
     return (x.to(tl.int16, bitcast=True) ^ zero).to(x.dtype, bitcast=True).to(tl.float32)
@@ -73,11 +81,12 @@ def _bwd_kernel(dy_ptr, y_ptr, dx_ptr, dy_stride, y_stride, N, BLOCK_N: tl.const
     # Both loads before anything is done with either: a hundredth faster.
     dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0)
     y = tl.load(y_ptr + row * y_stride + cols, mask=mask, other=0.0)
-    dot = tl.sum(dy.to(tl.float32) * y.to(tl.float32), 0)
     if NARROW:  # both wait for the sum in 16 bits, in half the registers
+        dot = tl.sum(_widened(dy) * _widened(y), 0)
         zero = (N >> 31).to(tl.int16)
         dx = _widened_again(y, zero) * (_widened_again(dy, zero) - dot)
     else:
+        dot = tl.sum(dy.to(tl.float32) * y.to(tl.float32), 0)
         dx = y.to(tl.float32) * (dy.to(tl.float32) - dot)
     tl.store(dx_ptr + row * N + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
@@ -121,8 +130,8 @@ def _config(N: int, width: int, arch: int, forward: bool) -> tuple[bool, dict[st
         longest, long_block = 128, 64
     elif forward:
         longest, long_block = 32768, 16384
-    else:  # for sm_80 Triton 3.8 and 3.9 spill at 32,768
-        longest = 32768 if width < 4 and arch >= 89 else 16384
+    else:
+        longest = 32768 if width < 4 else 16384
         long_block = 16384 if width < 4 and arch >= 90 else 8192  # leaves registers for another one
     if block > longest:
         return True, {"BLOCK_N": long_block, "num_warps": min(max(long_block // 512, 1), 32)}
