@@ -232,9 +232,9 @@ def sum_rows(
     V, M = dw.shape[0], ids.numel()
     parts = torch.empty((2, triton.cdiv(M, _chunk(M)[0]), dw.shape[1]), dtype=torch.float32, device=dy.device)
 
-    def zeros() -> None:
+    def zeros(touched: Tensor | None = None) -> None:
         if not add:
-            _zero_others(dw, ids)
+            _zero_others(dw, ids, touched)
 
     def positions() -> None:
         if dpos is not None:
@@ -259,9 +259,14 @@ def sum_rows(
             _sum_runs(dw, dy2, order, mask, parts, add=add)
     else:
         # Positions read what the runs read again. Only while the sort takes longer than they do are zeros better
-        # beside it.
-        for work in (zeros, positions) if FEW < M <= 2 * FEW else (positions, zeros):
-            work()
+        # beside it. While the count is short, whose rows need zeros is found out beside it too.
+        if FEW < M <= 2 * FEW:
+            zeros()
+            positions()
+        else:
+            touched = _touched(ids, V) if M <= FEW and not add else None
+            positions()
+            zeros(touched)
         with torch.cuda.stream(side):
             _sum_runs(dw, dy2, in_order(ids, V), mask, parts, add=add)
     main.wait_stream(side)
@@ -283,16 +288,22 @@ def _sum_runs(dw: Tensor, dy: Tensor, order: Order, mask: Mask, parts: Tensor, *
     launch(_join_kernel, grid, (dw.dtype, order.ids.dtype), (order.ids, *parts, dw), (M, V, C), config)
 
 
-def _zero_others(dw: Tensor, ids: Tensor) -> None:
-    """Zeros into the rows of dw, (V, C), that ids do not name; into all of them where ids are few."""
+def _touched(ids: Tensor, V: int) -> Tensor:
+    """(V,) uint8: 1 for each row that ids name."""
+    touched = torch.zeros(V, dtype=torch.uint8, device=ids.device)
+    block = 64 if interpreting() else 256
+    grid = (triton.cdiv(ids.numel(), block), 1, 1)
+    launch(_mark_kernel, grid, ids.dtype, (ids, touched), (ids.numel(), V), {"BLOCK_N": block, "num_warps": 4})
+    return touched
+
+
+def _zero_others(dw: Tensor, ids: Tensor, touched: Tensor | None) -> None:
+    """Zeros into the rows of dw, (V, C), that ids do not name; into all of them where ids are few. touched: of ids."""
     V, C = dw.shape
     if ids.numel() <= ZERO_ALL:
         dw.zero_()
         return
-    touched = torch.zeros(V, dtype=torch.uint8, device=dw.device)
-    block = 64 if interpreting() else 256
-    grid = (triton.cdiv(ids.numel(), block), 1, 1)
-    launch(_mark_kernel, grid, ids.dtype, (ids, touched), (ids.numel(), V), {"BLOCK_N": block, "num_warps": 4})
+    touched = _touched(ids, V) if touched is None else touched
     constants = {"ROWS": 512 if interpreting() else 16, **_columns(C)}
     grid = (triton.cdiv(V, constants["ROWS"]), triton.cdiv(C, constants["BLOCK_C"]), 1)
     launch(_zero_kernel, grid, dw.dtype, (touched, dw), (V, C), constants)
@@ -303,8 +314,8 @@ def _sum_positions(dpos: Tensor, dy: Tensor, T: int, offset: int, mask: Mask) ->
     elsewhere."""
     (S, C), M = dpos.shape, dy.shape[0]
     seed, *drop = mask
-    # Four warps of 8 rows each, for else few positions have too few rows on their way; one for what one can hold.
-    at_once = 2 if interpreting() else 8 if M <= 8 * T else 32
+    # Warps of 8 rows each: two where T is short, for else few positions have too few rows on their way.
+    at_once = 2 if interpreting() else 8 if M <= 8 * T or T >= 512 else 16
     constants = {"AT_ONCE": at_once, **_columns(C), "num_warps": triton.cdiv(at_once, 8)}
     grid = (S, triton.cdiv(C, constants["BLOCK_C"]), 1)
     scalars = (dy.stride(0), M, C, T, offset, *drop)
