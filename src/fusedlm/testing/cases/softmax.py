@@ -29,6 +29,7 @@ CASES = (
         gradients=("x",),
         traffic=lambda s: (2 * s["M"] * s["N"], 3 * s["M"] * s["N"]),
         bench=WIDTHS + _LONG,
+        compiled=({"M": 1, "N": 16384}, {"M": 1, "N": 65536}),
         empty={"M": 0, "N": 16},
     ),
     OpCase(
