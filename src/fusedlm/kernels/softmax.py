@@ -50,11 +50,11 @@ def _widened_otherwise(x, zero):
 
 
 @triton.jit
-def _fwd_kernel(x_ptr, y_ptr, x_stride, N, BLOCK_N: tl.constexpr, FULL: tl.constexpr, NARROW: tl.constexpr):
+def _fwd_kernel(x_ptr, y_ptr, x_stride, N, BLOCK_N: tl.constexpr, NARROW: tl.constexpr):
     row = tl.cast(tl.program_id(0), tl.int64)
     cols = tl.arange(0, BLOCK_N)
-    mask = None if FULL else cols < N  # FULL: a row has BLOCK_N numbers
-    x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=None if FULL else float("-inf"))
+    mask = cols < N
+    x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=float("-inf"))
     if NARROW:  # x waits for the maximum and for the sum in 16 bits, in half the registers
         top = tl.max(x, 0).to(tl.float32)
         total = tl.sum(tl.exp(_widened(x) - top), 0)
@@ -93,23 +93,13 @@ def _long_fwd_kernel(x_ptr, y_ptr, x_stride, N, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _bwd_kernel(
-    dy_ptr,
-    y_ptr,
-    dx_ptr,
-    dy_stride,
-    y_stride,
-    N,
-    BLOCK_N: tl.constexpr,
-    FULL: tl.constexpr,
-    NARROW: tl.constexpr,
-):
+def _bwd_kernel(dy_ptr, y_ptr, dx_ptr, dy_stride, y_stride, N, BLOCK_N: tl.constexpr, NARROW: tl.constexpr):
     row = tl.cast(tl.program_id(0), tl.int64)
     cols = tl.arange(0, BLOCK_N)
-    mask = None if FULL else cols < N
+    mask = cols < N
     # Both loads before anything is done with either: a hundredth faster.
-    dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=None if FULL else 0.0)
-    y = tl.load(y_ptr + row * y_stride + cols, mask=mask, other=None if FULL else 0.0)
+    dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0)
+    y = tl.load(y_ptr + row * y_stride + cols, mask=mask, other=0.0)
     if NARROW:  # both wait for the sum in 16 bits
         dot = tl.sum(_widened(dy) * _widened(y), 0)
         # One so and one so: of sixteen ways to write it this takes the fewest registers.
@@ -164,7 +154,7 @@ def _forward_config(N: int, dtype: torch.dtype) -> tuple[bool, dict[str, int]]:
     narrow = dtype == torch.float16 if interpreting() else dtype == torch.bfloat16 and block >= 16384
     # One warp waits for no other; else 16 numbers a thread, or 32, where that is not too many warps.
     warps = 1 if block <= 1024 else block // 1024 if narrow else min(block // 512, 32)
-    return False, {"BLOCK_N": block, "FULL": narrow and block == N, "NARROW": narrow, "num_warps": warps}
+    return False, {"BLOCK_N": block, "NARROW": narrow, "num_warps": warps}
 
 
 @functools.cache
@@ -181,7 +171,7 @@ def _backward_config(N: int, dtype: torch.dtype, arch: int) -> tuple[bool, dict[
     # 16 numbers a thread, where that is not too many warps; 8 in rows of 2048 and 4096, a hundredth faster.
     most = 32 if narrow and dtype == torch.float16 else 16
     warps = block // 256 if block in (2048, 4096) else min(max(block // 512, 1), most)
-    return False, {"BLOCK_N": block, "FULL": narrow and block == N, "NARROW": narrow, "num_warps": warps}
+    return False, {"BLOCK_N": block, "NARROW": narrow, "num_warps": warps}
 
 
 @operator(fake=lambda x: x.new_empty(x.shape))

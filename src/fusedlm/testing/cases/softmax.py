@@ -25,11 +25,11 @@ CASES = (
         op=softmax,
         reference=softmax_ref,
         inputs=_inputs,
-        shapes=({"M": 7, "N": 123}, {"M": 3, "N": 760}, {"M": 7, "N": 17}, {"M": 3, "N": 128}),
+        shapes=({"M": 7, "N": 123}, {"M": 3, "N": 760}, {"M": 7, "N": 17}),
         gradients=("x",),
         traffic=lambda s: (2 * s["M"] * s["N"], 3 * s["M"] * s["N"]),
         bench=WIDTHS + _LONG,
-        compiled=tuple({"M": 1, "N": N} for N in (12288, 16384, 24576, 65536)),
+        compiled=({"M": 1, "N": 16384}, {"M": 1, "N": 65536}),
         empty={"M": 0, "N": 16},
     ),
     OpCase(
