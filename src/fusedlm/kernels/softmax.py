@@ -2,8 +2,8 @@
 
 Backward: dx = y * (dy - sum(dy * y)).
 Rows that fit a program's registers are read once. Longer ones are gone through in blocks, twice: once for the maximum
-and the sum together (Milakov and Gimelshein 2018), once for the result; the second reading
-finds the row in the L2 cache.
+and the sum together (Milakov and Gimelshein 2018), once for the result; the second reading finds in the L2 cache what
+still is in it.
 Numerics: loads are widened to fp32, every sum is fp32, one rounding at the store.
 Traffic: forward 2*M*N elements, backward 3*M*N.
 """
@@ -102,7 +102,7 @@ def _bwd_kernel(dy_ptr, y_ptr, dx_ptr, dy_stride, y_stride, N, BLOCK_N: tl.const
     y = tl.load(y_ptr + row * y_stride + cols, mask=mask, other=0.0)
     if NARROW:  # both wait for the sum in 16 bits
         dot = tl.sum(_widened(dy) * _widened(y), 0)
-        # One so and one so: of sixteen ways to write it this takes the fewest registers.
+        # Why in these ways: "How they are widened" in docs/kernels/softmax.md.
         dx = _widened_otherwise(y, N >> 31) * (_widened(_other(dy, N >> 31)) - dot)
     else:
         dot = tl.sum(dy.to(tl.float32) * y.to(tl.float32), 0)
@@ -165,7 +165,7 @@ def _backward_config(N: int, dtype: torch.dtype, arch: int) -> tuple[bool, dict[
     longest, long_block, fits = 16384 if wide else 32768, 8192 if wide or arch < 90 else 16384, 65536
     if interpreting():
         longest, long_block, fits = 128, 64, 256
-    if block > longest:  # half of such a program's registers are for another one
+    if block > longest:  # its blocks leave half of the registers for another program
         return True, {"BLOCK_N": long_block, "REVERSED": block > fits, "num_warps": max(long_block // 512, 1)}
     narrow = not wide and (block >= 16384 or interpreting())
     # 16 numbers a thread, where that is not too many warps; 8 in rows of 2048 and 4096, a hundredth faster.
